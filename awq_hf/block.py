@@ -1,0 +1,233 @@
+"""One block on its way from float to integers: folds, scales, then its Linears in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq_hf import affine
+from awq_hf.affine import Grid, choose_grid, fake_quantize
+from awq_hf.calibration.data import Batch
+from awq_hf.calibration.stats import Moments, output_energy, output_error
+from awq_hf.calibration.stream import Call, capture_inputs
+from awq_hf.folding import BlockProbe, FoldPoint, discover
+from awq_hf.folding.fold import divided_parameters, representable_scales
+from awq_hf.folding.probe import verify
+from awq_hf.preflight import linears_of
+from awq_hf.recipe import Recipe
+from awq_hf.report import LayerReport, Report
+from awq_hf.rounding import ROUNDERS
+from awq_hf.rounding.gptq import RoundingFailed
+from awq_hf.spec import QuantizedWeight
+from awq_hf.transforms.awq_clip import search_clip
+from awq_hf.transforms.awq_scale import ScaleChoice, search_scales
+from awq_hf.transforms.correction import corrected_target
+
+
+class BlockWork:
+    """The state of one block while it is being quantized. Module names are relative to the block.
+
+    quantized: the result, Linear -> QuantizedWeight. While it fills up, the block's Linears hold the dequantized weights, so that
+    later ones are fitted to the inputs they will really get.
+    """
+
+    def __init__(self, name: str, block: nn.Module, recipe: Recipe, batches: Sequence[Batch], report: Report) -> None:
+        self.name, self.block, self.recipe, self.batches, self.report = name, block, recipe, batches, report
+        self.linears = linears_of(block)
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self.layers: dict[str, LayerReport] = {}
+        self.groups: list[tuple[str, ...]] = []  # Linears that share an input, in order of execution
+        self.folds: list[FoldPoint] = []
+        self.choices: dict[str, ScaleChoice] = {}  # consumer -> the smoothing that won
+        self.in_scales: dict[str, Tensor] = {}  # consumer -> s of its input channels, [in]
+        self.out_scales: dict[str, Tensor] = {}  # producing Linear -> s that its rows are divided by, [out]
+        self.float_inputs: dict[str, list[Tensor]] = {}  # a group's first Linear -> x0 of each batch
+
+    # Folds
+
+    def discover_folds(self, call: Call, known: dict[Any, list[FoldPoint]]) -> None:
+        """Find the block's folds, or take over those of an equal block and verify them on this one."""
+        probe = BlockProbe(self.block, *call, self.linears)
+        self.groups = probe.input_groups()
+        ran = {name for group in self.groups for name in group}
+        for name in self.linears.keys() - ran:
+            self.report.left_in_float[f"{self.name}.{name}"] = "it did not run on the calibration text"
+        if self.recipe.scale is None:
+            return
+        signature = (type(self.block), *((n, tuple(p.shape)) for n, p in self.block.named_parameters()))
+        if signature not in known or not verify(probe, known[signature]):
+            known[signature] = discover(probe)
+        self.folds = known[signature]
+
+    def run_float(self, calls: Sequence[Call]) -> list[Any]:
+        """Run the float block on every batch and keep the inputs of its Linears; returns the block's outputs."""
+        leaders = [group[0] for group in self.groups]
+        self.float_inputs = {name: [] for name in leaders}
+        outputs = []
+        for batch, call in zip(self.batches, calls, strict=True):
+            inputs, output = capture_inputs(self.block, call, leaders, run_to_end=True)
+            for name in leaders:
+                self.float_inputs[name].append(batch.real_tokens(inputs[name]))
+            outputs.append(output)
+        return outputs
+
+    def _float_moments(self, leader: str) -> tuple[Moments, Moments]:
+        """Moments of the float stream's input: (for the search, of the held-out slice)."""
+        train, held = Moments(), Moments()
+        for batch, x in zip(self.batches, self.float_inputs[leader], strict=True):
+            (held if batch.held_out else train).add(x)
+        return train, held if held.tokens else train
+
+    def _leader(self, name: str) -> str:
+        return next(group[0] for group in self.groups if name in group)
+
+    # Smoothing scales
+
+    def choose_scales(self) -> None:
+        """Search the scales of every fold, and divide the norms by them. Linears take their share when they are rounded."""
+        for fold in self.folds:
+            producer = self.block.get_submodule(fold.producer)
+            weights = [self.linears[name].weight.data.to(torch.float32) for name in fold.consumers]
+            channels: int = producer.weight.shape[0]  # type: ignore[union-attr, index, assignment]
+            train, held = self._float_moments(self._leader(fold.consumers[0]))
+            assert self.recipe.scale is not None
+            choice = search_scales(weights, fold.channel_map, channels, train, held, self.recipe.spec, self.recipe.scale)
+            self.choices.update(dict.fromkeys(fold.consumers, choice))
+            if choice.alpha > 0:
+                self._absorb(fold, producer, choice.scales)
+
+    def _absorb(self, fold: FoldPoint, producer: nn.Module, scales: Tensor) -> None:
+        stays_float = [name for name in fold.consumers if not self._is_target(name)]
+        if stays_float or (fold.gain == "rows" and not self._is_target(fold.producer)):
+            scales = torch.exp2(scales.log2().round())  # exact in a weight that keeps its dtype
+        scales = representable_scales(fold, producer, scales)
+        if fold.gain == "rows" and self._is_target(fold.producer):
+            self.out_scales[fold.producer] = scales
+        else:
+            for name, value in divided_parameters(fold, producer, scales).items():
+                producer.get_parameter(name).data.copy_(value)
+        for name in fold.consumers:
+            self.in_scales[name] = scales[fold.channel_map]
+        for name in stays_float:
+            self.linears[name].weight.data.mul_(scales[fold.channel_map])
+
+    def _is_target(self, name: str) -> bool:
+        return name in self.linears and not self.recipe.skips(f"{self.name}.{name}")
+
+    # Rounding
+
+    def round_groups(self, calls: Sequence[Call]) -> None:
+        """Quantize the Linears, group by group in the order of execution. calls: the block's calls in the quantized stream."""
+        for group in self.groups:
+            names = [name for name in group if self._is_target(name)]
+            if names:
+                train, held = self._moments(group[0], calls)
+                self._round(names, train, held)
+            del self.float_inputs[group[0]]
+
+    def _moments(self, leader: str, calls: Sequence[Call]) -> tuple[Moments, Moments]:
+        """Moments of what the group really gets, with smoothing folded in: (for the search, of the held-out slice)."""
+        scales = self.in_scales.get(leader)
+        if self.recipe.stream == "float":
+            train, held = self._float_moments(leader)
+            return (train, held) if scales is None else (train.scaled(scales), held.scaled(scales))
+        train, held = Moments(), Moments()
+        for batch, call, x0 in zip(self.batches, calls, self.float_inputs[leader], strict=True):
+            inputs, _ = capture_inputs(self.block, call, [leader])
+            x, into = batch.real_tokens(inputs[leader]), held if batch.held_out else train
+            into.add(x, x0 if scales is None else x0.to(torch.float32) / scales, want_ee=batch.held_out)
+        return train, held if held.tokens else train
+
+    def _folded(self, name: str) -> Tensor:
+        """The Linear's weight with both of its folds carried out: float32 [out, in]."""
+        weight = self.linears[name].weight.data.to(torch.float32)
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{self.name}.{name}.weight holds NaN or infinity; the checkpoint is damaged")
+        return self._with_folds(name, weight)
+
+    def _with_folds(self, name: str, weight: Tensor) -> Tensor:
+        if name in self.in_scales:
+            weight = weight * self.in_scales[name]
+        if name in self.out_scales:
+            weight = weight / self.out_scales[name][:, None]
+        return weight
+
+    def _round(self, names: list[str], train: Moments, held: Moments) -> None:
+        """Round Linears that share an input as one matrix, then judge each on the held-out slice and put it in place."""
+        weights = [self._folded(name) for name in names]
+        aims, strengths = weights, [0.0] * len(names)
+        if self.recipe.correction:
+            aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
+        H = train.H  # noqa: N806
+        target = torch.cat(aims)
+        plain_grid = choose_grid(target, self.recipe.spec)
+        start_grid = plain_grid if self.recipe.clip is None else search_clip(target, H, self.recipe.spec, self.recipe.clip)
+        failure = None
+        try:
+            codes, grid = ROUNDERS[self.recipe.rounding](target, start_grid, H)
+        except RoundingFailed as error:
+            failure = str(error)
+            codes, grid = ROUNDERS["nearest"](target, start_grid, H)
+        row = 0
+        for name, weight, strength in zip(names, weights, strengths, strict=True):
+            rows = slice(row, row := row + len(weight))
+            layer = self._layer_report(name, weight, held, failure)
+            layer.clip = float((start_grid.scales[rows] / plain_grid.scales[rows]).mean())
+            layer.correction = strength
+            self._keep_best(name, layer, weight, (codes[rows], grid.rows(rows)), H, held)
+
+    def _layer_report(self, name: str, weight: Tensor, held: Moments, failure: str | None) -> LayerReport:
+        original = self.linears[name].weight.data.to(torch.float32)
+        plain = self._with_folds(name, fake_quantize(original, choose_grid(original, self.recipe.spec)))
+        choice = self.choices.get(name)
+        energy = float(output_energy(weight, held).sum())
+        return LayerReport(
+            name=f"{self.name}.{name}",
+            shape=(weight.shape[0], weight.shape[1]),
+            fold=next((fold.producer for fold in self.folds if name in fold.consumers), None),
+            alpha=choice.alpha if choice else 0.0,
+            family=choice.family if choice else "not folded",
+            clip=1.0,
+            correction=0.0,
+            rounding="nearest" if failure else self.recipe.rounding,
+            loss_plain=float(output_error(weight, plain, held).sum()) / max(energy, 1e-30),
+            loss=energy,  # until a candidate is chosen: the yardstick
+            fallback=failure,
+        )
+
+    def _keep_best(
+        self, name: str, layer: LayerReport, weight: Tensor, found: tuple[Tensor, Grid], H: Tensor, held: Moments  # noqa: N803
+    ) -> None:  # fmt: skip
+        """Store `found`, unless the held-out slice says that plain rounding was better: then the best of simpler roundings."""
+        energy = max(layer.loss, 1e-30)
+        loss_of = lambda candidate: float(output_error(weight, affine.dequantize(*candidate), held).sum()) / energy  # noqa: E731
+        layer.loss = loss_of(found)
+        if layer.loss > layer.loss_plain:
+            lost = f"{layer.rounding} lost to plain rounding on held-out text ({layer.loss:.3g} against {layer.loss_plain:.3g})"
+            for rounding, candidate in self._simpler(weight, H):
+                if (loss := loss_of(candidate)) < layer.loss:
+                    found, layer.loss, layer.rounding, layer.correction, layer.fallback = candidate, loss, rounding, 0.0, lost
+        linear = self.linears[name]
+        self.quantized[name] = affine.to_quantized_weight(*found)
+        linear.weight.data.copy_(affine.dequantize(*found))
+        if name in self.out_scales and linear.bias is not None:
+            linear.bias.data.copy_(linear.bias.data.to(torch.float32) / self.out_scales[name])
+        self.layers[name] = layer
+        self.report.layers.append(layer)
+
+    def _simpler(self, weight: Tensor, H: Tensor) -> list[tuple[str, tuple[Tensor, Grid]]]:  # noqa: N803
+        """Roundings of the uncorrected weight, from elaborate to plain."""
+        plain = choose_grid(weight, self.recipe.spec)
+        candidates = []
+        if self.recipe.clip is not None:
+            clipped = search_clip(weight, H, self.recipe.spec, self.recipe.clip)
+            candidates.append(("nearest, clipped", ROUNDERS["nearest"](weight, clipped, H)))
+        return [*candidates, ("nearest", ROUNDERS["nearest"](weight, plain, H))]
+
+    def loss_line(self) -> str:
+        """For the progress bar: the block's mean loss against plain rounding's."""
+        ours, plain = (sum(getattr(layer, key) for layer in self.layers.values()) for key in ("loss", "loss_plain"))
+        return f"loss {ours / max(len(self.layers), 1):.2e}, plain rounding {plain / max(len(self.layers), 1):.2e}"

@@ -1,0 +1,1 @@
+"""Calibration: texts to windows of tokens, windows to statistics of every Linear's input."""

@@ -1,0 +1,123 @@
+"""Running a model block by block on the calibration windows.
+
+To call block k, the model's own forward runs with the blocks before it stubbed out: block k - 1 answers with its
+recorded output, and block k records its arguments and stops the forward. Masks, rotary tables and whatever else happens
+between blocks are thus the model's own code, exact for every architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq_hf.calibration.data import Batch
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Stop(Exception):
+    """Ends a forward whose remaining part is not needed."""
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of blocks and its name in the model: the ModuleList with most parameters below `get_decoder()`."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to quantize one after the other")
+    blocks = max(lists, key=size)
+    return next(name for name, module in model.named_modules() if module is blocks), blocks
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    had = module.__dict__.get("forward")  # accelerate keeps its own forward there
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if had is not None:
+            module.forward = had
+
+
+@dataclass
+class BlockStream:
+    """One pass of hidden states through the blocks: what every window looks like before the next block.
+
+    Two of them run side by side: one through the float blocks, one through the quantized ones.
+    """
+
+    model: nn.Module
+    blocks: nn.ModuleList
+    batches: Sequence[Batch]
+    outputs: list[Any] | None = None  # of the block before the next one, one entry a batch
+
+    def fork(self) -> BlockStream:
+        return BlockStream(self.model, self.blocks, self.batches, self.outputs)
+
+    @torch.no_grad()
+    def calls(self, index: int) -> list[Call]:
+        """The arguments with which the model calls block `index`, one call a batch."""
+        return [self._call(index, i, batch) for i, batch in enumerate(self.batches)]
+
+    def _call(self, index: int, position: int, batch: Batch) -> Call:
+        recorded: list[Call] = []
+
+        def record(*args: Any, **kwargs: Any) -> None:
+            recorded.append((args, kwargs))
+            raise _Stop
+
+        def stub(*_args: Any, **_kwargs: Any) -> Any:
+            return self.outputs[position]  # type: ignore[index]
+
+        with ExitStack() as replaced:
+            for block in self.blocks[:index]:
+                replaced.enter_context(_replaced_forward(block, stub))
+            replaced.enter_context(_replaced_forward(self.blocks[index], record))
+            device = next(p.device for p in self.model.parameters())
+            try:
+                self.model(
+                    input_ids=batch.input_ids.to(device),
+                    attention_mask=None if batch.mask is None else batch.mask.to(device),
+                    use_cache=False,
+                )
+            except _Stop:
+                pass
+        return recorded[0]
+
+    @torch.no_grad()
+    def advance(self, index: int, calls: Sequence[Call]) -> None:
+        """Run block `index` on its calls and keep what it returns."""
+        self.outputs = [self.blocks[index](*args, **kwargs) for args, kwargs in calls]
+
+
+@torch.no_grad()
+def capture_inputs(block: nn.Module, call: Call, names: Sequence[str], run_to_end: bool = False) -> tuple[dict[str, Tensor], Any]:
+    """The inputs of the named Linears during one call, [tokens, in] each, and the block's output when it ran to its end."""
+    inputs: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0].reshape(-1, args[0].shape[-1])
+            if len(inputs) == len(names) and not run_to_end:
+                raise _Stop
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    args, kwargs = call
+    try:
+        output = block(*args, **kwargs)
+    except _Stop:
+        output = None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs, output

@@ -1,0 +1,154 @@
+"""The command line. Exit status: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="AWQ quantization for Hugging Face models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+debug = False
+
+Model = Annotated[str, typer.Argument(help="A directory or a Hub id.")]
+Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
+GroupSize = Annotated[int, typer.Option(help="Input channels that share a scale: 16, 32, 64, 128, 256; -1 for whole rows.")]
+Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32; auto keeps the checkpoint's.")]
+Device = Annotated[str | None, typer.Option(help='"cpu", "cuda", "cuda:1"; default: cuda if there is one.')]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback()
+def _options(debug_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    global debug
+    debug = debug_
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+@app.command(
+    epilog="Examples:\n\n`awq-hf quantize meta-llama/Llama-3.2-1B ./llama-awq`\n\n`awq-hf quantize ./my-model ./my-model-awq --bits 3 --calibration notes.txt`"
+)
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text file; default: the embedded multi-domain text.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    rounding: Annotated[str, typer.Option(help="nearest, gptq, or descent (the best).")] = "descent",
+    skip: Annotated[list[str] | None, typer.Option(help="Leave Linears whose name contains this in float. Repeatable.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model and write a checkpoint that vLLM, SGLang, transformers and MLX read (4 bits)."""
+    import awq_hf
+
+    config = awq_hf.AwqConfig(
+        bits=bits,
+        group_size=group_size,
+        zero_point=not symmetric,
+        modules_to_not_convert=skip,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        rounding=rounding,
+        seed=seed,
+    )
+    result: Any = awq_hf.quantize(model, config, output_dir=out, dtype=dtype, device_map=_device(device))
+    if as_json:
+        typer.echo(json.dumps(result.awq_report.to_dict()))
+        return
+    console.print(result.awq_report.summary(), highlight=False)
+    console.print(f"\nWritten to [bold]{out}[/] (what happened to every layer: {out / 'report.json'}). Next:", highlight=False)
+    console.print(f"  awq-hf eval {out} --reference {model} --text SOME_TEXT_FILE", highlight=False)
+    console.print(f'  python -c "import awq_hf, transformers; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"', highlight=False)
+
+
+@app.command(epilog="Example:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B --text book.txt`")
+def eval(  # noqa: A001
+    model: Model,
+    text: Annotated[Path, typer.Option(help="UTF-8 text file that calibration did not see.")],
+    reference: Annotated[str | None, typer.Option(help="The original model; adds KL divergence and top-1 agreement.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on a text: perplexity, and with --reference how far it is from the original."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import awq_hf
+    from awq_hf.compat import progress_bar
+
+    load = lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=_device(device))  # noqa: E731
+    result = awq_hf.evaluate(
+        load(model),
+        None if reference is None else load(reference),
+        text,
+        AutoTokenizer.from_pretrained(model),
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        progress=progress_bar,
+    )
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    table = Table("", "perplexity", "KL to reference", "same top-1", title=f"{result.tokens:,} tokens of {result.text}", title_justify="left")
+    if result.reference_perplexity is not None:
+        table.add_row(str(reference), f"{result.reference_perplexity:.3f}", "0", "100 %")
+    table.add_row(model, f"{result.perplexity:.3f}", *_agreement(result.kl, result.top1))
+    console.print(table)
+
+
+def _agreement(kl: float | None, top1: float | None) -> tuple[str, str]:
+    return ("-" if kl is None else f"{kl:.4f}", "-" if top1 is None else f"{top1:.1%}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the quantized model; must not exist or be empty.")] = Path("awq-hf-demo"),
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+) -> None:
+    """Quantize the small model that comes with the package, measure it, save it, load it again. Needs no network."""
+    from awq_hf.demo import run
+
+    run(out, bits, group_size, console)
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    """Entry point: one sentence for what the user can mend, a traceback for everything else or with --debug."""
+    try:
+        app()
+    except (ValueError, OSError, TypeError) as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]error:[/] {error}", highlight=False)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was written", highlight=False)
+        raise SystemExit(1) from None

@@ -1,0 +1,131 @@
+"""AwqConfig: what a user passes to from_pretrained and what config.json holds. Key names are translated here and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import AwqConfig as TransformersAwqConfig
+
+from awq_hf.calibration.data import Calibration
+from awq_hf.kernels.layout import layout_for
+from awq_hf.recipe import Recipe
+from awq_hf.spec import QuantSpec
+from awq_hf.transforms.awq_clip import ClipOptions
+from awq_hf.transforms.awq_scale import ScaleOptions
+
+# Older AutoAWQ and llm-awq names -> ours
+_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version", "checkpoint_format": "version"}
+_STORED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
+
+
+class AwqConfig(TransformersAwqConfig):
+    """Options for quantizing inside from_pretrained, and the description of a quantized checkpoint.
+
+    bits: 2, 3, 4 or 8; group_size: 16, 32, 64, 128, 256, or -1 for one group a row; zero_point: False for symmetric grids.
+    modules_to_not_convert: Linears whose name contains one of these strings stay in float.
+    calibration: None for the text that comes with the package, the path of a UTF-8 text file, a list of strings, or a
+        list of 1-D tensors of token ids. samples windows of seq_len tokens are drawn from it with seed.
+    tokenizer: a tokenizer, where the one beside the model is not the right one (or there is none).
+    scale, clip, rounding, correction, stream: the parts of the method, see awq_hf.recipe.Recipe.
+
+    Raises ValueError on values that do not exist and TypeError on options that do not exist.
+    The class keeps the name of the one it replaces: transformers compares class names when it merges configs.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = 128,
+        zero_point: bool = True,
+        modules_to_not_convert: list[str] | None = None,
+        *,
+        calibration: Calibration = None,
+        samples: int = 128,
+        seq_len: int = 512,
+        seed: int = 0,
+        batch_size: int = 8,
+        scale: bool = True,
+        clip: bool = True,
+        rounding: str = "descent",
+        correction: bool = True,
+        stream: str = "quantized",
+        tokenizer: Any = None,
+        version: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert={modules_to_not_convert!r} is a string; give a list, e.g. [{modules_to_not_convert!r}]")
+        self.calibration, self.samples, self.seq_len, self.seed, self.batch_size = calibration, samples, seq_len, seed, batch_size
+        self.scale, self.clip, self.rounding, self.correction, self.stream = scale, clip, rounding, correction, stream
+        self.version = version or layout_for(bits)
+        self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
+        super().__init__(bits=bits, group_size=group_size, zero_point=zero_point, modules_to_not_convert=modules_to_not_convert)
+        self.tokenizer, self.backend = tokenizer, backend
+
+    @classmethod
+    def plain_rounding(cls, **options: Any) -> AwqConfig:
+        """The baseline: every weight rounded to the nearest code, nothing searched (calibration still measures the layers' losses)."""
+        return cls(**{**options, "scale": False, "clip": False, "correction": False, "rounding": "nearest", "stream": "float"})
+
+    def post_init(self) -> None:
+        """Validate everything (called by the base class's __init__)."""
+        self.recipe()
+
+    def spec(self) -> QuantSpec:
+        return QuantSpec(bits=self.bits, group_size=self.group_size, symmetric=not self.zero_point)
+
+    def recipe(self) -> Recipe:
+        """The same options as the pipeline takes them."""
+        return Recipe(
+            spec=self.spec(),
+            scale=ScaleOptions() if self.scale else None,
+            clip=ClipOptions() if self.clip else None,
+            rounding=self.rounding,
+            stream=self.stream,  # type: ignore[arg-type]
+            correction=self.correction,
+            skip=tuple(self.modules_to_not_convert or ()),
+            samples=self.samples,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read config.json's quantization_config. Unknown keys are kept and written back."""
+        translated = {_SYNONYMS.get(key, key): value for key, value in config_dict.items()}
+        translated.pop("quant_method", None)
+        if isinstance(translated.get("version"), str):
+            translated["version"] = translated["version"].lower()
+        config = cls(**{key: translated[key] for key in _STORED if key in translated})
+        config.extra = {key: value for key, value in translated.items() if key not in _STORED}
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def coerce(cls, config: TransformersAwqConfig) -> AwqConfig:
+        """Transformers' own AwqConfig as ours; ours as it is."""
+        if isinstance(config, cls):
+            return config
+        return cls(
+            bits=config.bits,
+            group_size=config.group_size,
+            zero_point=config.zero_point,
+            modules_to_not_convert=config.modules_to_not_convert,
+            tokenizer=config.tokenizer,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """AutoAWQ's keys, and whatever else the checkpoint came with."""
+        return {**self.extra, "quant_method": "awq", **{key: getattr(self, key) for key in _STORED}}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AwqConfig:
+        # transformers copies the model's config several times; calibration data and tokenizers are shared, not copied.
+        copied = copy.copy(self)
+        copied.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        copied.extra = copy.deepcopy(self.extra, memo)
+        return copied

@@ -1,0 +1,119 @@
+"""AwqHfQuantizer: the hooks through which from_pretrained quantizes on the spot or loads what is quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.quantizers.base import HfQuantizer
+
+from awq_hf import compat
+from awq_hf.calibration.data import Windows, load_windows
+from awq_hf.checkpoint import convert_modules, read_headers
+from awq_hf.config import AwqConfig
+from awq_hf.linear import AwqLinear
+from awq_hf.pipeline import quantize_model
+from awq_hf.preflight import check_shapes
+from awq_hf.report import Report
+
+
+class AwqHfQuantizer(HfQuantizer):
+    """Order of the hooks in from_pretrained: before (empty model on the meta device), weights loaded, after."""
+
+    requires_calibration = False
+    quantization_config: AwqConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(AwqConfig.coerce(quantization_config), **kwargs)
+        self.windows: Windows | None = None
+
+    def update_device_map(self, device_map: Any) -> Any:
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not self.pre_quantized and (len(devices) > 1 or "disk" in devices):
+            raise ValueError(
+                f"device_map spreads the model over {sorted(map(str, devices))}; it is quantized on one device: "
+                'use device_map="cpu" or device_map=0'
+            )
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            convert_modules(model, read_headers(checkpoint_files or []), config.spec(), config.version)
+        else:
+            self.prepare(model)
+
+    def prepare(self, model: Any) -> None:
+        """Everything that can fail without the weights: shapes, calibration data."""
+        config, recipe = self.quantization_config, self.quantization_config.recipe()
+        check_shapes(model, recipe)
+        with torch.device("cpu"):  # from_pretrained builds its model under the meta device
+            windows = load_windows(config.calibration, self._tokenizer(model), recipe.seq_len)
+            self.windows = windows.sample(recipe.samples, recipe.seed)
+        largest = int(windows.input_ids.max())
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        if largest >= vocabulary:
+            raise ValueError(
+                f"the calibration data holds token id {largest}, but the model's vocabulary has {vocabulary} entries: "
+                "the tokenizer is not this model's"
+            )
+
+    def _tokenizer(self, model: Any) -> Any:
+        config = self.quantization_config
+        given = config.calibration
+        if config.tokenizer is not None and not isinstance(config.tokenizer, str):
+            return config.tokenizer
+        if isinstance(given, torch.Tensor) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], torch.Tensor)):
+            return None
+        source = config.tokenizer or model.config.name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer was found at {source!r} to calibrate with ({str(error).splitlines()[0]}); pass "
+                "AwqConfig(tokenizer=...), or calibration as a list of token tensors"
+            ) from error
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        if self.pre_quantized:
+            for module in model.modules():
+                if isinstance(module, AwqLinear):
+                    module.requires_grad_(False)  # the loader re-creates floating parameters with gradients
+            return model
+        assert self.windows is not None
+        report = quantize_model(model, self.quantization_config.recipe(), self.windows, compat.progress_bar)
+        self.quantization_config.modules_to_not_convert = _skip_list(self.quantization_config, report)
+        model.awq_report = report
+        compat.after_saving(model, lambda saved, directory: saved.awq_report.save(directory))
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AwqLinear):
+                model.set_submodule(name, _plain_linear(module, dtype or torch.float32))
+        compat.forget_after_saving(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _plain_linear(module: AwqLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
+    return linear
+
+
+def _skip_list(config: AwqConfig, report: Report) -> list[str] | None:
+    """Linears left in float, as config.json lists them: the user's own patterns, and every other module by its name."""
+    patterns = list(config.modules_to_not_convert or [])
+    rest = [name for name in report.left_in_float if not any(p in name for p in patterns)]
+    return patterns + rest or None

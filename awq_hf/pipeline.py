@@ -1,0 +1,84 @@
+"""The block loop: one block after the other is probed, searched, rounded and replaced."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from awq_hf.block import BlockWork
+from awq_hf.calibration.data import Windows
+from awq_hf.calibration.stream import BlockStream, find_blocks
+from awq_hf.linear import AwqLinear
+from awq_hf.preflight import check_shapes, check_weights_present, targets
+from awq_hf.recipe import Recipe
+from awq_hf.report import Report
+
+PROBE_TOKENS = 96  # of the first window: enough for every ReLU channel of a small block to wake up
+
+Progress = Callable[..., Any]  # tqdm or a look-alike
+
+
+def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress: Progress | None = None) -> Report:
+    """Replace the Linears of the model's decoder blocks by AwqLinear, in place; returns what happened to each.
+
+    windows: calibration windows, already sampled. Raises ValueError before any work when a layer's shape or the weights' whereabouts do not allow it.
+    """
+    check_weights_present(model)
+    check_shapes(model, recipe)
+    began = time.perf_counter()
+    prefix, blocks = find_blocks(model)
+    batches = windows.batches(recipe.batch_size)
+    report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
+    for name in _linears_left(model, recipe):
+        report.left_in_float[name] = "modules_to_not_convert" if recipe.skips(name) else "outside the decoder's blocks"
+    probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
+    probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
+    quantized_stream = float_stream.fork()
+    known_folds: dict[Any, Any] = {}
+    bar = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
+    for index in bar:
+        work = BlockWork(f"{prefix}.{index}", blocks[index], recipe, batches, report)
+        work.discover_folds(probe_stream.calls(index)[0], known_folds)
+        probe_stream.advance(index, probe_stream.calls(index))
+        quantized_calls = quantized_stream.calls(index)
+        float_stream.outputs = work.run_float(float_stream.calls(index))
+        work.choose_scales()
+        work.round_groups(quantized_calls)
+        quantized_stream.advance(index, quantized_calls)
+        _replace(blocks[index], work)
+        if progress:
+            bar.set_postfix_str(work.loss_line())
+    _close(report, began, model)
+    return report
+
+
+def _replace(block: nn.Module, work: BlockWork) -> None:
+    for name, weight in work.quantized.items():
+        block.set_submodule(name, AwqLinear.from_quantized(weight, block.get_submodule(name).bias))
+
+
+def _linears_left(model: nn.Module, recipe: Recipe) -> Iterable[str]:
+    taken = targets(model, recipe)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in taken]
+
+
+def _describe(windows: Windows) -> dict[str, Any]:
+    return {"source": windows.source, "sha256": windows.sha256(), "windows": len(windows.input_ids), "tokens": windows.tokens}
+
+
+def _close(report: Report, began: float, model: nn.Module) -> None:
+    report.seconds["total"] = time.perf_counter() - began
+    report.versions = {name: metadata.version(name) for name in ("awq-hf", "transformers", "torch")}
+    report.machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
+    report.peak_memory_bytes["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        report.machine["device"] = torch.cuda.get_device_name(device)
+        report.peak_memory_bytes["device"] = torch.cuda.max_memory_allocated(device)

@@ -1,0 +1,57 @@
+"""Checks that need no weights: they run before any work, so that nothing fails after hours."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from awq_hf.calibration.stream import find_blocks
+from awq_hf.kernels.layout import column_multiple
+from awq_hf.recipe import Recipe
+from awq_hf.spec import GROUP_SIZES, QuantSpec
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of a block, by their name in it. Subclasses are left out: their forward may be anything."""
+    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+
+
+def targets(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The Linears to quantize, by their full name: all of the decoder's blocks, less those the recipe skips."""
+    prefix, blocks = find_blocks(model)
+    named = {f"{prefix}.{i}.{name}": linear for i, block in enumerate(blocks) for name, linear in linears_of(block).items()}
+    return {name: linear for name, linear in named.items() if not recipe.skips(name)}
+
+
+def check_shapes(model: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError naming every Linear that cannot be stored, the sizes that would work, and how to leave it in float."""
+    found = targets(model, recipe)
+    if not found:
+        raise ValueError("no Linear of this model is left to quantize; shorten modules_to_not_convert")
+    bad = {name: reason for name, linear in found.items() if (reason := _misfit(linear, recipe.spec))}
+    if bad:
+        works = [g for g in GROUP_SIZES if all(QuantSpec(recipe.spec.bits, g).divides(lin.in_features) for lin in found.values())]
+        leave = sorted({name.rsplit(".", 1)[-1] for name in bad})
+        raise ValueError(
+            f"{len(bad)} layers do not fit bits={recipe.spec.bits}, group_size={recipe.spec.group_size}:\n"
+            + "\n".join(f"  {name}: {reason}" for name, reason in list(bad.items())[:8])
+            + (f"\n  and {len(bad) - 8} more" if len(bad) > 8 else "")
+            + f"\nGroup sizes that divide every layer: {works}. Or leave these layers in float: modules_to_not_convert={leave}"
+        )
+
+
+def _misfit(linear: nn.Linear, spec: QuantSpec) -> str | None:
+    if not spec.divides(linear.in_features):
+        return f"in_features {linear.in_features} is not divisible by group_size {spec.group_size}"
+    if linear.out_features % (multiple := column_multiple(spec.bits)):
+        return f"out_features {linear.out_features} is not a multiple of {multiple}, which the 4-bit format needs"
+    return None
+
+
+def check_weights_present(model: nn.Module) -> None:
+    """Raise ValueError when weights were not loaded (disk offload leaves them on the meta device)."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
+            'load on one device, e.g. device_map="cpu" or device_map=0'
+        )

@@ -1,0 +1,87 @@
+"""What happened to every layer: collected while quantizing, written as report.json beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPORT_NAME = "report.json"
+
+
+@dataclass
+class LayerReport:
+    """One quantized Linear. Losses are held-out output errors as a share of the output's energy.
+
+    fold: the producer that absorbed the smoothing scales, or None; alpha, family: the scales that won (0: identity).
+    clip: mean ratio of the clipped to the unclipped step. correction: strength in [0, 1] (transforms/correction.py).
+    loss_plain: of plain rounding to nearest of the original weight; loss: of what is stored.
+    rounding: the method that produced the codes; fallback: why it is not the one asked for, or None.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    fold: str | None
+    alpha: float
+    family: str
+    clip: float
+    correction: float
+    rounding: str
+    loss_plain: float
+    loss: float
+    fallback: str | None = None
+
+
+@dataclass
+class Report:
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    layers: list[LayerReport] = field(default_factory=list)
+    left_in_float: dict[str, str] = field(default_factory=dict)  # module -> reason
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fallbacks(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.fallback]
+
+    @property
+    def not_folded(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.fold is None]
+
+    def loss_ratio(self) -> float:
+        """Mean over layers of loss / plain rounding's loss."""
+        ratios = [layer.loss / layer.loss_plain for layer in self.layers if layer.loss_plain > 0]
+        return sum(ratios) / len(ratios) if ratios else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write report.json into `directory`, whole or not at all."""
+        path = Path(directory) / REPORT_NAME
+        partial = path.with_name(f".{REPORT_NAME}.partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        bits, tokens = self.recipe["spec"]["bits"], self.calibration["tokens"]
+        lines = [
+            f"{len(self.layers)} layers quantized to {bits} bits in {self.seconds.get('total', 0):.1f} s, "
+            f"calibrated on {tokens:,} tokens ({self.calibration['source']}).",
+            f"Output error of a layer, on calibration text held back from the search: {self.loss_ratio():.0%} of plain rounding's on average.",
+        ]
+        folded = sum(layer.alpha > 0 for layer in self.layers)
+        lines.append(f"Smoothing scales help {folded} layers; {len(self.not_folded)} have no place to fold them (quantized without).")
+        if self.fallbacks:
+            lines.append(f"{len(self.fallbacks)} layers fell back to a simpler rounding, where the held-out text asked for it:")
+            lines += [f"  {layer.name}: {layer.fallback}" for layer in self.fallbacks]
+        if self.left_in_float:
+            lines.append(f"Left in float: {', '.join(self.left_in_float)}.")
+        return "\n".join(lines)

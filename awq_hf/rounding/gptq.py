@@ -1,0 +1,68 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1) on a grid that is fixed beforehand.
+
+Columns are rounded one after the other, and the error of each is spread over those still to come:
+
+    q_j = round(w_j),   err = (w_j - q_j) / U_jj,   W_:,j+1: -= err U_j,j+1:        H^-1 = U^T U
+
+Columns are taken in the order of decreasing diag H ("act-order"). Since scales are chosen per group beforehand, the
+order leaves no trace in the result: no g_idx is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awq_hf.affine import Grid
+
+DAMP = 0.01  # of mean(diag H), added to the diagonal
+BLOCK = 128  # columns between two updates of the rest of the matrix
+
+
+class RoundingFailed(ArithmeticError):
+    """The statistic is not usable (not positive definite even when damped, or not finite)."""
+
+
+def damped(H: Tensor) -> Tensor:  # noqa: N803
+    """H with DAMP mean(diag H) on its diagonal; a channel that is always zero gets 1 there, so that H can be inverted."""
+    diagonal = H.diagonal()
+    shift = torch.where(diagonal == 0, 1.0, DAMP * diagonal.mean())
+    return H + torch.diag(shift)
+
+
+def inverse_factor(H: Tensor) -> Tensor:  # noqa: N803
+    """U upper triangular with H^-1 = U^T U. Raises RoundingFailed."""
+    L, failed = torch.linalg.cholesky_ex(H)  # noqa: N806
+    if not bool(failed):
+        U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)  # noqa: N806
+        if not bool(failed) and bool(torch.isfinite(U).all()):
+            return U
+    raise RoundingFailed("the second moment of the layer's input is not positive definite")
+
+
+def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, Grid]:  # noqa: N803
+    """Codes float32 [out, in] of weight [out, in] on `grid`, given H [in, in]. The grid is returned as it came."""
+    H = damped(H)  # noqa: N806
+    order = H.diagonal().argsort(descending=True, stable=True)
+    U = inverse_factor(H[order][:, order])  # noqa: N806
+    scales, zero_points = (t[:, order].T.contiguous() for t in grid.expand(weight.shape[1]))  # [in, out]: columns are contiguous
+    W = weight[:, order].T.contiguous()  # noqa: N806
+    Q = torch.empty_like(W)  # noqa: N806
+    for start in range(0, len(W), BLOCK):
+        stop = min(start + BLOCK, len(W))
+        errors = _round_block(W[start:stop], Q[start:stop], scales[start:stop], zero_points[start:stop], U[start:stop, start:stop], grid)
+        W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    codes = torch.empty_like(W)
+    codes[order] = Q
+    return codes.T.contiguous(), grid
+
+
+def _round_block(W: Tensor, Q: Tensor, scales: Tensor, zero_points: Tensor, U: Tensor, grid: Grid) -> Tensor:  # noqa: N803
+    """Round the columns of one block in place (all [columns, out]); returns their errors [columns, out]."""
+    errors = torch.empty_like(W)
+    for j in range(len(W)):
+        s, z = scales[j], zero_points[j]
+        torch.clamp((W[j] / s).round_().add_(z), 0, grid.spec.max_code, out=Q[j])
+        torch.div(W[j] - (Q[j] - z) * s, U[j, j], out=errors[j])
+        W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+    return errors

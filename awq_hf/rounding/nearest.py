@@ -1,0 +1,11 @@
+"""Rounding to the nearest code: q = round(w / s) + z."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from awq_hf.affine import Grid, quantize
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, _H: Tensor) -> tuple[Tensor, Grid]:  # noqa: N803
+    return quantize(weight, grid), grid
