@@ -61,7 +61,7 @@ def choose_grid(weight: Tensor, spec: QuantSpec, low: float | Tensor = 1.0, high
     minimum, maximum = grouped.aminmax(dim=-1)  # [out, groups]
     minimum, maximum = minimum.clamp(max=0) * low, maximum.clamp(min=0)
     if spec.symmetric:
-        # Codes run from -2^(b-1) to 2^(b-1) - 1: half a step beyond the last one, the magnitude rounds to within half a step on either side.
+        # Codes run from -2^(b-1) to 2^(b-1) - 1. A magnitude half a step beyond the last code is off by half a step, on either side.
         reach = torch.maximum(maximum, minimum.abs()) * high
         scales = to_storable(reach / (spec.middle_code - 0.5))
         return Grid(scales, torch.full_like(scales, spec.middle_code), spec)

@@ -14,7 +14,7 @@ from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stats import Moments, output_energy, output_error
 from awq_hf.calibration.stream import Call, capture_inputs
 from awq_hf.folding import BlockProbe, FoldPoint, discover
-from awq_hf.folding.fold import divided_parameters, representable_scales
+from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
 from awq_hf.folding.probe import verify
 from awq_hf.preflight import linears_of
 from awq_hf.recipe import Recipe
@@ -23,8 +23,10 @@ from awq_hf.rounding import ROUNDERS
 from awq_hf.rounding.gptq import RoundingFailed
 from awq_hf.spec import QuantizedWeight
 from awq_hf.transforms.awq_clip import search_clip
-from awq_hf.transforms.awq_scale import ScaleChoice, search_scales
+from awq_hf.transforms.awq_scale import Loss, ScaleChoice, search_scales
 from awq_hf.transforms.correction import corrected_target
+
+TOKENS_PER_CHANNEL = 8  # enough to compare a few scales; rounding, which fits in^2 numbers, takes all there are
 
 
 class BlockWork:
@@ -74,11 +76,13 @@ class BlockWork:
             outputs.append(output)
         return outputs
 
-    def _float_moments(self, leader: str) -> tuple[Moments, Moments]:
-        """Moments of the float stream's input: (for the search, of the held-out slice)."""
+    def _float_moments(self, leader: str, at_most: int | None = None) -> tuple[Moments, Moments]:
+        """Moments of the float stream's input: (for the search, of the held-out slice), from `at_most` tokens and a batch each."""
         train, held = Moments(), Moments()
         for batch, x in zip(self.batches, self.float_inputs[leader], strict=True):
-            (held if batch.held_out else train).add(x)
+            into = held if batch.held_out else train
+            if at_most is None or into.tokens < at_most:
+                into.add(x)
         return train, held if held.tokens else train
 
     def _leader(self, name: str) -> str:
@@ -91,13 +95,21 @@ class BlockWork:
         for fold in self.folds:
             producer = self.block.get_submodule(fold.producer)
             weights = [self.linears[name].weight.data.to(torch.float32) for name in fold.consumers]
-            channels: int = producer.weight.shape[0]  # type: ignore[union-attr, index, assignment]
-            train, held = self._float_moments(self._leader(fold.consumers[0]))
+            channels = len(weight_of(producer))
+            enough = TOKENS_PER_CHANNEL * len(fold.channel_map)
+            with self.report.timed("statistics"):
+                train, held = self._float_moments(self._leader(fold.consumers[0]), at_most=enough)
             assert self.recipe.scale is not None
-            choice = search_scales(weights, fold.channel_map, channels, train, held, self.recipe.spec, self.recipe.scale)
+            with self.report.timed("scale search"):
+                loss_of = self._scale_loss(fold)
+                choice = search_scales(weights, fold.channel_map, channels, train, held, self.recipe.spec, self.recipe.scale, loss_of)
             self.choices.update(dict.fromkeys(fold.consumers, choice))
             if choice.alpha > 0:
                 self._absorb(fold, producer, choice.scales)
+
+    def _scale_loss(self, _fold: FoldPoint) -> Loss | None:
+        """The loss of smoothing scales, where it is not the second-moment loss (an experiment overrides this)."""
+        return None
 
     def _absorb(self, fold: FoldPoint, producer: nn.Module, scales: Tensor) -> None:
         stays_float = [name for name in fold.consumers if not self._is_target(name)]
@@ -124,7 +136,8 @@ class BlockWork:
         for group in self.groups:
             names = [name for name in group if self._is_target(name)]
             if names:
-                train, held = self._moments(group[0], calls)
+                with self.report.timed("statistics"):
+                    train, held = self._moments(group[0], calls)
                 self._round(names, train, held)
             del self.float_inputs[group[0]]
 
@@ -160,17 +173,21 @@ class BlockWork:
         weights = [self._folded(name) for name in names]
         aims, strengths = weights, [0.0] * len(names)
         if self.recipe.correction:
-            aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
+            with self.report.timed("correction"):
+                aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
         H = train.H  # noqa: N806
         target = torch.cat(aims)
-        plain_grid = choose_grid(target, self.recipe.spec)
-        start_grid = plain_grid if self.recipe.clip is None else search_clip(target, H, self.recipe.spec, self.recipe.clip)
+        plain_grid = start_grid = choose_grid(target, self.recipe.spec)
+        if self.recipe.clip is not None:
+            with self.report.timed("clip search"):
+                start_grid = search_clip(target, H, self.recipe.spec, self.recipe.clip)
         failure = None
-        try:
-            codes, grid = ROUNDERS[self.recipe.rounding](target, start_grid, H)
-        except RoundingFailed as error:
-            failure = str(error)
-            codes, grid = ROUNDERS["nearest"](target, start_grid, H)
+        with self.report.timed("rounding"):
+            try:
+                codes, grid = ROUNDERS[self.recipe.rounding](target, start_grid, H)
+            except RoundingFailed as error:
+                failure = str(error)
+                codes, grid = ROUNDERS["nearest"](target, start_grid, H)
         row = 0
         for name, weight, strength in zip(names, weights, strengths, strict=True):
             rows = slice(row, row := row + len(weight))

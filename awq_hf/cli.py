@@ -39,7 +39,8 @@ def _options(debug_: Annotated[bool, typer.Option("--debug", help="Show the trac
 
 
 @app.command(
-    epilog="Examples:\n\n`awq-hf quantize meta-llama/Llama-3.2-1B ./llama-awq`\n\n`awq-hf quantize ./my-model ./my-model-awq --bits 3 --calibration notes.txt`"
+    epilog="Examples:\n\n`awq-hf quantize meta-llama/Llama-3.2-1B ./llama-awq`\n\n"
+    "`awq-hf quantize ./my-model ./my-model-awq --bits 3 --calibration notes.txt`"
 )
 def quantize(
     model: Model,
@@ -78,11 +79,10 @@ def quantize(
     console.print(result.awq_report.summary(), highlight=False)
     console.print(f"\nWritten to [bold]{out}[/] (what happened to every layer: {out / 'report.json'}). Next:", highlight=False)
     console.print(f"  awq-hf eval {out} --reference {model} --text SOME_TEXT_FILE", highlight=False)
-    console.print(f'  python -c "import awq_hf, transformers; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"', highlight=False)
 
 
 @app.command(epilog="Example:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B --text book.txt`")
-def eval(  # noqa: A001
+def eval(
     model: Model,
     text: Annotated[Path, typer.Option(help="UTF-8 text file that calibration did not see.")],
     reference: Annotated[str | None, typer.Option(help="The original model; adds KL divergence and top-1 agreement.")] = None,
@@ -111,7 +111,7 @@ def eval(  # noqa: A001
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
-    table = Table("", "perplexity", "KL to reference", "same top-1", title=f"{result.tokens:,} tokens of {result.text}", title_justify="left")
+    table = Table("", "perplexity", "KL to reference", "same top-1", title=f"{result.tokens:,} tokens of {result.text}")
     if result.reference_perplexity is not None:
         table.add_row(str(reference), f"{result.reference_perplexity:.3f}", "0", "100 %")
     table.add_row(model, f"{result.perplexity:.3f}", *_agreement(result.kl, result.top1))

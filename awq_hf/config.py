@@ -55,13 +55,15 @@ class AwqConfig(TransformersAwqConfig):
         backend: str = "auto",
     ) -> None:
         if isinstance(modules_to_not_convert, str):
-            raise ValueError(f"modules_to_not_convert={modules_to_not_convert!r} is a string; give a list, e.g. [{modules_to_not_convert!r}]")
+            raise ValueError(f"modules_to_not_convert={modules_to_not_convert!r} is a string; give a list: [{modules_to_not_convert!r}]")
+        super().__init__(bits=bits, group_size=group_size, zero_point=zero_point, modules_to_not_convert=modules_to_not_convert)
+        # After the base class, which has attributes of the same names for GPTQ.
         self.calibration, self.samples, self.seq_len, self.seed, self.batch_size = calibration, samples, seq_len, seed, batch_size
         self.scale, self.clip, self.rounding, self.correction, self.stream = scale, clip, rounding, correction, stream
-        self.version = version or layout_for(bits)
-        self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
-        super().__init__(bits=bits, group_size=group_size, zero_point=zero_point, modules_to_not_convert=modules_to_not_convert)
         self.tokenizer, self.backend = tokenizer, backend
+        self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
+        self.recipe()  # refuses what does not exist
+        self.version = version or layout_for(bits)
 
     @classmethod
     def plain_rounding(cls, **options: Any) -> AwqConfig:
@@ -69,8 +71,7 @@ class AwqConfig(TransformersAwqConfig):
         return cls(**{**options, "scale": False, "clip": False, "correction": False, "rounding": "nearest", "stream": "float"})
 
     def post_init(self) -> None:
-        """Validate everything (called by the base class's __init__)."""
-        self.recipe()
+        """Nothing: the base class calls this before our options are set; __init__ validates at its end."""
 
     def spec(self) -> QuantSpec:
         return QuantSpec(bits=self.bits, group_size=self.group_size, symmetric=not self.zero_point)

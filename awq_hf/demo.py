@@ -15,66 +15,80 @@ from awq_hf.api import check_output, save
 from awq_hf.config import AwqConfig
 from awq_hf.evaluate import Evaluation, evaluate
 from awq_hf.linear import AwqLinear
+from awq_hf.report import REPORT_NAME
 
-SEQ_LEN = 256
+DATA = Path(str(resources.files("awq_hf") / "data" / "demo"))
+MODEL = DATA / "model"
+CALIBRATION = DATA / "calibration.txt"
+EVALUATION = DATA / "evaluation.txt"
+SAMPLES, SEQ_LEN = 64, 256
 EVALUATION_TOKENS = 40_000
 PROMPT = "The state of our Union"
+
+INTRODUCTION = """\
+A Llama with 2.6 million parameters comes with this package. It was trained on
+presidential addresses, Genesis and Shakespeare. Now it is quantized to {bits} bits,
+which takes what it takes for any model:
+
+  config = AwqConfig(bits={bits}, group_size={group_size})
+  AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+"""
+EXPLANATION = """\
+KL: how far the next-token probabilities are from the original's, in nats; lower
+is better. Same top-1: how often the most likely next token is the same one.
+awq-hf leaves {share:.0%} of the divergence that plain rounding causes.
+"""
+FAREWELL = """
+Files are in {out}: config.json and model.safetensors in AutoAWQ's format, the
+tokenizer, and {report}, which says what happened to every layer. Next:
+
+  awq-hf quantize MODEL OUT
+"""
 
 
 def run(out: Path, bits: int, group_size: int, console: Console) -> None:
     """Quantize, compare, save, reload, generate; prints what it does and leaves the model in `out`."""
     target = check_output(out)
-    data = Path(str(resources.files("awq_hf") / "data" / "demo"))
-    source = str(data / "model")
-    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "calibration": data / "calibration.txt"}
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    say = lambda text: console.print(text, highlight=False)  # noqa: E731
-    say(
-        "A Llama with 2.6 million parameters, trained on presidential addresses, Genesis and Shakespeare, comes with the package.\n"
-        f"It is now quantized to {bits} bits, which is what this line does with any model:\n\n"
-        f"  [bold]AutoModelForCausalLM.from_pretrained(id, quantization_config=AwqConfig(bits={bits}, group_size={group_size}))[/]\n"
-    )
-    original = AutoModelForCausalLM.from_pretrained(source)
-    plain = AutoModelForCausalLM.from_pretrained(source, quantization_config=AwqConfig.plain_rounding(**options, samples=8, seq_len=SEQ_LEN))
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=AwqConfig(**options, samples=64, seq_len=SEQ_LEN))
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    options: dict[str, Any] = dict(bits=bits, group_size=group_size, calibration=CALIBRATION, samples=SAMPLES, seq_len=SEQ_LEN)
+    say(INTRODUCTION.format(bits=bits, group_size=group_size))
+    original = AutoModelForCausalLM.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=AwqConfig(**options))
     say(model.awq_report.summary())
+    say("\nFor comparison, plain rounding to the nearest code, and then the measurements:")
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=AwqConfig.plain_rounding(**options))
 
-    measure = lambda m: evaluate(m, original, data / "evaluation.txt", tokenizer, SEQ_LEN, EVALUATION_TOKENS)  # noqa: E731
-    evaluations = {"original": measure(original), "plain rounding": measure(plain), "awq-hf": measure(model)}
+    models = {"original": original, "plain rounding": plain, "awq-hf": model}
+    results = {name: evaluate(m, original, EVALUATION, tokenizer, SEQ_LEN, EVALUATION_TOKENS) for name, m in models.items()}
+    console.print(_table(results, models))
+    ours, rounded = results["awq-hf"].kl or 0.0, results["plain rounding"].kl or 0.0
+    say(EXPLANATION.format(share=ours / max(rounded, 1e-12)))
+
     save(model, target, tokenizer)
-    console.print(_table(evaluations, {"original": original, "plain rounding": plain, "awq-hf": model}))
-    share = evaluations["awq-hf"].kl / max(evaluations["plain rounding"].kl or 0, 1e-12)  # type: ignore[operator]
-    say(
-        "KL is how far the next-token probabilities are from the original's (nats, lower is better); same top-1 is how often the most\n"
-        f"likely next token is the same. awq-hf leaves {share:.0%} of plain rounding's divergence.\n"
-    )
-
     loaded = AutoModelForCausalLM.from_pretrained(target)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     with torch.no_grad():
-        equal = torch.equal(loaded(**prompt).logits, model(**prompt).logits)
-    if not equal:
-        raise RuntimeError(f"the model loaded from {target} does not compute the same logits as the one that was saved")
-    say(f"Saved to {out} and loaded again: the logits are equal to the last bit. Both go on from the same words:\n")
+        if not torch.equal(loaded(**prompt).logits, model(**prompt).logits):
+            raise RuntimeError(f"the model loaded from {target} does not compute the same logits as the one that was saved")
+    say("Saved, and loaded again: the logits are equal to the last bit. How both models\ngo on from the same words:\n")
     for name, each in (("original", original), ("awq-hf", loaded)):
-        say(f"  [bold]{name:>9}[/]  {_continue(each, tokenizer, prompt)}")
-    say(f"\nLook at {out / 'report.json'} for what happened to every layer, or quantize a model of yours:\n\n  awq-hf quantize MODEL OUT")
+        console.print(f"[bold]{name}[/]", highlight=False)
+        say(f"  {_continue(each, tokenizer, prompt)}")
+    say(FAREWELL.format(out=out, report=REPORT_NAME))
 
 
-def _table(evaluations: dict[str, Evaluation], models: dict[str, Any]) -> Table:
-    first = next(iter(evaluations.values()))
-    title = f"On {first.tokens:,} tokens of text that neither training nor calibration saw"
-    table = Table("", "size", "bits per weight", "perplexity", "KL", "same top-1", title=title, title_justify="left")
-    for name, evaluation in evaluations.items():
+def _table(results: dict[str, Evaluation], models: dict[str, Any]) -> Table:
+    first = next(iter(results.values()))
+    title = f"{first.tokens:,} tokens of text that neither training nor calibration saw"
+    table = Table("", "in memory", "bits/weight", "perplexity", "KL", "same top-1", title=title)
+    for name, evaluation in results.items():
         size = models[name].get_memory_footprint(return_buffers=False)
-        table.add_row(
-            name,
-            f"{size / 1e6:.2f} MB",
-            f"{bits_per_weight(models[name]):.2f}",
-            f"{evaluation.perplexity:.3f}",
-            f"{evaluation.kl:.4f}",
-            f"{evaluation.top1:.1%}",
-        )
+        figures = (f"{evaluation.perplexity:.3f}", f"{evaluation.kl:.4f}", f"{evaluation.top1:.1%}")
+        table.add_row(name, f"{size / 1e6:.2f} MB", f"{bits_per_weight(models[name]):.2f}", *figures)
     return table
 
 

@@ -57,9 +57,7 @@ class AwqLinear(nn.Module):
     def to_quantized(self) -> QuantizedWeight:
         """The canonical weight, unpacked: the inverse of `from_quantized`."""
         unpack = lambda words: layout.unpack(words, self.spec.bits, self.out_features).T.contiguous()  # noqa: E731
-        return QuantizedWeight(
-            q=unpack(self.qweight), scales=self.scales.T.contiguous(), zero_points=unpack(self.qzeros), spec=self.spec
-        )
+        return QuantizedWeight(q=unpack(self.qweight), scales=self.scales.T.contiguous(), zero_points=unpack(self.qzeros), spec=self.spec)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight as a plain Linear holds it: [out, in] in `dtype`, rounded once from the exact float32 value."""

@@ -28,11 +28,12 @@ Progress = Callable[..., Any]  # tqdm or a look-alike
 def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress: Progress | None = None) -> Report:
     """Replace the Linears of the model's decoder blocks by AwqLinear, in place; returns what happened to each.
 
-    windows: calibration windows, already sampled. Raises ValueError before any work when a layer's shape or the weights' whereabouts do not allow it.
+    windows: calibration windows, already sampled. Raises ValueError before any work when a layer's shape does not fit, or
+    weights are not in memory.
     """
     check_weights_present(model)
     check_shapes(model, recipe)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     prefix, blocks = find_blocks(model)
     batches = windows.batches(recipe.batch_size)
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
@@ -42,26 +43,31 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
     quantized_stream = float_stream.fork()
     known_folds: dict[Any, Any] = {}
-    bar = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
+    bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
     for index in bar:
         work = BlockWork(f"{prefix}.{index}", blocks[index], recipe, batches, report)
-        work.discover_folds(probe_stream.calls(index)[0], known_folds)
-        probe_stream.advance(index, probe_stream.calls(index))
-        quantized_calls = quantized_stream.calls(index)
-        float_stream.outputs = work.run_float(float_stream.calls(index))
+        with report.timed("fold discovery"):
+            probe_calls = probe_stream.calls(index)
+            work.discover_folds(probe_calls[0], known_folds)
+            probe_stream.advance(index, probe_calls)
+        with report.timed("float stream"):
+            quantized_calls = quantized_stream.calls(index)
+            float_stream.outputs = work.run_float(float_stream.calls(index))
         work.choose_scales()
         work.round_groups(quantized_calls)
-        quantized_stream.advance(index, quantized_calls)
-        _replace(blocks[index], work)
+        with report.timed("quantized stream"):
+            quantized_stream.advance(index, quantized_calls)
+        with report.timed("packing"):
+            _replace(blocks[index], work)
         if progress:
             bar.set_postfix_str(work.loss_line())
-    _close(report, began, model)
+    _close(report, began, cpu_began, model)
     return report
 
 
 def _replace(block: nn.Module, work: BlockWork) -> None:
     for name, weight in work.quantized.items():
-        block.set_submodule(name, AwqLinear.from_quantized(weight, block.get_submodule(name).bias))
+        block.set_submodule(name, AwqLinear.from_quantized(weight, work.linears[name].bias))
 
 
 def _linears_left(model: nn.Module, recipe: Recipe) -> Iterable[str]:
@@ -73,8 +79,9 @@ def _describe(windows: Windows) -> dict[str, Any]:
     return {"source": windows.source, "sha256": windows.sha256(), "windows": len(windows.input_ids), "tokens": windows.tokens}
 
 
-def _close(report: Report, began: float, model: nn.Module) -> None:
+def _close(report: Report, began: float, cpu_began: float, model: nn.Module) -> None:
     report.seconds["total"] = time.perf_counter() - began
+    report.seconds["total, of all cores"] = time.process_time() - cpu_began
     report.versions = {name: metadata.version(name) for name in ("awq-hf", "transformers", "torch")}
     report.machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
     report.peak_memory_bytes["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,15 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
 
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of the enclosed work to seconds[phase]."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
     @property
     def fallbacks(self) -> list[LayerReport]:
         return [layer for layer in self.layers if layer.fallback]
@@ -66,8 +78,7 @@ class Report:
         path = Path(directory) / REPORT_NAME
         partial = path.with_name(f".{REPORT_NAME}.partial")
         partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        return path
+        return partial.replace(path)
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -75,7 +86,7 @@ class Report:
         lines = [
             f"{len(self.layers)} layers quantized to {bits} bits in {self.seconds.get('total', 0):.1f} s, "
             f"calibrated on {tokens:,} tokens ({self.calibration['source']}).",
-            f"Output error of a layer, on calibration text held back from the search: {self.loss_ratio():.0%} of plain rounding's on average.",
+            f"Output error of a layer on held-out calibration text: {self.loss_ratio():.0%} of plain rounding's on average.",
         ]
         folded = sum(layer.alpha > 0 for layer in self.layers)
         lines.append(f"Smoothing scales help {folded} layers; {len(self.not_folded)} have no place to fold them (quantized without).")

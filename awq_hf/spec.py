@@ -28,8 +28,7 @@ class QuantSpec:
             raise ValueError(f"bits={self.bits!r} is not supported; choose one of {list(BITS)}")
         if self.group_size not in GROUP_SIZES:
             raise ValueError(
-                f"group_size={self.group_size!r} is not supported; choose one of {list(GROUP_SIZES)} "
-                "(-1 is one group for the whole row)"
+                f"group_size={self.group_size!r} is not supported; choose one of {list(GROUP_SIZES)} (-1 is one group for the whole row)"
             )
 
     @property

@@ -105,7 +105,7 @@ def embedded_texts() -> list[str]:
     Domains are interleaved, so that any number of leading windows holds every kind.
     """
     folder = resources.files("awq_hf") / "data" / "calibration"
-    files = sorted(f for f in folder.iterdir() if f.name.endswith(".txt"))
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
     domains = [f.read_text(encoding="utf-8").strip("\n").split(DOCUMENT) for f in files]
     placed = [((i + 0.5) / len(d), n, text) for n, d in enumerate(domains) for i, text in enumerate(d)]
     return [text for _, _, text in sorted(placed)]

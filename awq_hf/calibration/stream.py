@@ -8,7 +8,7 @@ between blocks are thus the model's own code, exact for every architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class _Stop(Exception):
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder's list of blocks and its name in the model: the ModuleList with most parameters below `get_decoder()`."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     had = module.__dict__.get("forward")  # accelerate keeps its own forward there
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
@@ -82,14 +82,9 @@ class BlockStream:
                 replaced.enter_context(_replaced_forward(block, stub))
             replaced.enter_context(_replaced_forward(self.blocks[index], record))
             device = next(p.device for p in self.model.parameters())
-            try:
-                self.model(
-                    input_ids=batch.input_ids.to(device),
-                    attention_mask=None if batch.mask is None else batch.mask.to(device),
-                    use_cache=False,
-                )
-            except _Stop:
-                pass
+            mask = None if batch.mask is None else batch.mask.to(device)
+            with suppress(_Stop):
+                self.model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
         return recorded[0]
 
     @torch.no_grad()

@@ -32,6 +32,11 @@ class FoldPoint:
     consumers: tuple[str, ...]
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a norm or a Linear; its first dimension is the output channel."""
+    return module.get_parameter("weight").data
+
+
 def _gain(fold: FoldPoint, weight: Tensor) -> Tensor:
     return weight.to(torch.float32) + 1 if fold.gain == "weight+1" else weight.to(torch.float32)
 
@@ -44,7 +49,7 @@ def representable_scales(fold: FoldPoint, producer: nn.Module, scales: Tensor) -
     """
     if fold.gain == "rows":
         return scales
-    weight = producer.weight.data  # type: ignore[union-attr]
+    weight = weight_of(producer)
     before = _gain(fold, weight)
     after = _gain(fold, _divided(fold, weight, scales))
     exact = (before != 0) & (after != 0) & torch.isfinite(after)
@@ -59,7 +64,7 @@ def _divided(fold: FoldPoint, weight: Tensor, scales: Tensor) -> Tensor:
 
 def divided_parameters(fold: FoldPoint, producer: nn.Module, scales: Tensor) -> dict[str, Tensor]:
     """The producer's parameters with its output channels divided by `scales`, in their own dtypes."""
-    parameters = {"weight": _divided(fold, producer.weight.data, scales)}  # type: ignore[union-attr]
+    parameters = {"weight": _divided(fold, weight_of(producer), scales)}
     bias = getattr(producer, "bias", None)
     if bias is not None:
         parameters["bias"] = (bias.data.to(torch.float32) / scales).to(bias.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from awq_hf.folding.fold import FoldPoint, Gain, divided_parameters, multiplied_weight
+from awq_hf.folding.fold import FoldPoint, Gain, divided_parameters, multiplied_weight, weight_of
 
 TOLERANCE = 1e-5  # of a channel's largest value; powers of two are exact but for 1 + w norms, and a wrong fold is off by its whole share
 
@@ -45,15 +45,12 @@ class BlockProbe:
         self.producers = [
             name
             for name, module in self.block.named_modules()
-            if isinstance(getattr(module, "weight", None), Tensor)
-            and (isinstance(module, nn.Linear) or module.weight.ndim == 1)  # type: ignore[union-attr, operator]
+            if isinstance(getattr(module, "weight", None), nn.Parameter) and (isinstance(module, nn.Linear) or weight_of(module).ndim == 1)
         ]
         self.baseline = self.run()
 
     @torch.no_grad()
-    def run(
-        self, exponents: Mapping[str, Tensor] | None = None, parameters: Mapping[str, Tensor] | None = None
-    ) -> _Run:
+    def run(self, exponents: Mapping[str, Tensor] | None = None, parameters: Mapping[str, Tensor] | None = None) -> _Run:
         """One forward, with producers' outputs multiplied by 2**exponents, or with other parameters."""
         run, handles = _Run(), []
 
@@ -99,8 +96,7 @@ class BlockProbe:
         """Whether the block computes the same with these parameters in place of its own."""
         changed = self.run(parameters=parameters).output
         return len(changed) == len(self.baseline.output) and all(
-            bool((_channel_error(a, b) <= 10 * TOLERANCE).all())
-            for a, b in zip(changed, self.baseline.output, strict=True)
+            bool((_channel_error(a, b) <= 10 * TOLERANCE).all()) for a, b in zip(changed, self.baseline.output, strict=True)
         )
 
 
@@ -135,7 +131,7 @@ def verify(probe: BlockProbe, folds: Iterable[FoldPoint], seed: int = 0) -> bool
 
     for fold in folds:
         module = probe.block.get_submodule(fold.producer)
-        channels = module.weight.shape[0]  # type: ignore[union-attr, index]
+        channels = len(weight_of(module))
         exponents = torch.randint(-3, 4, (channels,), generator=generator).to(fold.channel_map.device)
         used = torch.zeros_like(exponents).index_fill_(0, fold.channel_map.unique(), 1)  # rows no consumer reads stay
         scales = torch.exp2((exponents * used).to(torch.float32))
@@ -152,7 +148,7 @@ def verify(probe: BlockProbe, folds: Iterable[FoldPoint], seed: int = 0) -> bool
 def _fold_of(probe: BlockProbe, producer: str) -> FoldPoint | None:
     """The fold of one producer, not yet verified."""
     module = probe.block.get_submodule(producer)
-    channels: int = module.weight.shape[0]  # type: ignore[union-attr, index, assignment]
+    channels = len(weight_of(module))
     after = probe.baseline.order.index(producer)
     later = {entry.removeprefix("> ") for entry in probe.baseline.order[after:] if entry.startswith("> ")}
     groups = [group for group in probe.input_groups() if later.issuperset(group)]
@@ -252,7 +248,7 @@ def _gain_of(probe: BlockProbe, producer: str) -> Gain | None:
     handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     probe.run()
     handle.remove()
-    channels = module.weight.shape[0]  # type: ignore[union-attr, index]
+    channels = len(weight_of(module))
     halves = torch.exp2(-(torch.arange(channels, device=seen[0].device) % 3).to(torch.float32))
     gains: tuple[Gain, ...] = ("weight", "weight+1")
     with torch.no_grad():

@@ -1,0 +1,88 @@
+"""What the benchmark scripts share: models and texts to measure on, results as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from awq_hf import AwqConfig, demo
+from awq_hf.evaluate import Evaluation, evaluate
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Subject:
+    """A model with calibration and evaluation tokens that share nothing."""
+
+    name: str
+    source: Path
+    calibration: torch.Tensor
+    evaluation: torch.Tensor
+    seq_len: int = 256
+
+    @classmethod
+    def packaged(cls) -> Subject:
+        """The demonstration model, with its own texts."""
+        tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+        texts = (demo.CALIBRATION, demo.EVALUATION)
+        calibration, evaluation = (_tokens(tokenizer, path.read_text(encoding="utf-8")) for path in texts)
+        return cls("demo-llama", demo.MODEL, calibration, evaluation)
+
+    @classmethod
+    def from_directory(cls, source: Path, text: Path, calibration_tokens: int = 100_000) -> Subject:
+        """A model of the user's; the first tokens of `text` are for calibration, the rest for evaluation."""
+        tokens = _tokens(AutoTokenizer.from_pretrained(source), text.read_text(encoding="utf-8"))
+        return cls(source.name, source, tokens[:calibration_tokens], tokens[calibration_tokens:])
+
+    def load(self, config: AwqConfig | None = None) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.source, quantization_config=config)
+
+    def config(self, plain: bool = False, **options: Any) -> AwqConfig:
+        options = dict(calibration=[self.calibration], samples=64, seq_len=self.seq_len) | options
+        return AwqConfig.plain_rounding(**options) if plain else AwqConfig(**options)
+
+    def measure(self, model: Any, original: Any, max_tokens: int = 40_000) -> Evaluation:
+        return evaluate(model, original, [self.evaluation], seq_len=self.seq_len, max_tokens=max_tokens)
+
+
+def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+
+
+def quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def machine() -> dict[str, Any]:
+    versions = {name: metadata.version(name) for name in ("awq-hf", "torch", "transformers")}
+    return {"processor": _processor(), "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def publish(name: str, title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table, and write them with the machine's description to results/<name>.json."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=160).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=1) + "\n")
