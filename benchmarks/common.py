@@ -48,8 +48,8 @@ class Subject:
     def load(self, config: AwqConfig | None = None) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.source, quantization_config=config)
 
-    def config(self, plain: bool = False, **options: Any) -> AwqConfig:
-        options = dict(calibration=[self.calibration], samples=64, seq_len=self.seq_len) | options
+    def config(self, plain: bool = False, **changes: Any) -> AwqConfig:
+        options: dict[str, Any] = dict(calibration=[self.calibration], samples=64, seq_len=self.seq_len) | changes
         return AwqConfig.plain_rounding(**options) if plain else AwqConfig(**options)
 
     def measure(self, model: Any, original: Any, max_tokens: int = 40_000) -> Evaluation:

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def compare(subject: Subject, original: Any, bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
-    options = dict(bits=bits, group_size=group_size, zero_point=not symmetric)
+    options: dict[str, Any] = dict(bits=bits, group_size=group_size, zero_point=not symmetric)
     plain = subject.measure(subject.load(subject.config(plain=True, **options)), original)
     model = subject.load(subject.config(**options))
     ours = subject.measure(model, original)
