@@ -26,8 +26,6 @@ from awq_hf.transforms.awq_clip import search_clip
 from awq_hf.transforms.awq_scale import Loss, ScaleChoice, search_scales
 from awq_hf.transforms.correction import corrected_target
 
-TOKENS_PER_CHANNEL = 8  # enough to compare a few scales; rounding, which fits in^2 numbers, takes all there are
-
 
 class BlockWork:
     """The state of one block while it is being quantized. Module names are relative to the block.
@@ -76,14 +74,21 @@ class BlockWork:
             outputs.append(output)
         return outputs
 
-    def _float_moments(self, leader: str, at_most: int | None = None) -> tuple[Moments, Moments]:
-        """Moments of the float stream's input: (for the search, of the held-out slice), from `at_most` tokens and a batch each."""
+    def _float_moments(self, leader: str) -> tuple[Moments, Moments]:
+        """Moments of the float stream's input: (for the search, of the held-out slice)."""
         train, held = Moments(), Moments()
         for batch, x in zip(self.batches, self.float_inputs[leader], strict=True):
-            into = held if batch.held_out else train
-            if at_most is None or into.tokens < at_most:
-                into.add(x)
+            (held if batch.held_out else train).add(x)
         return train, held if held.tokens else train
+
+    def _energies(self, leader: str) -> tuple[Tensor, Tensor]:
+        """E[x^2] of each channel of the float stream's input, [in]: (for the search, of the held-out slice)."""
+        split: dict[bool, list[Tensor]] = {False: [], True: []}
+        for batch, x in zip(self.batches, self.float_inputs[leader], strict=True):
+            split[batch.held_out].append(x)
+        mean = lambda xs: sum(x.float().square().sum(0) for x in xs) / sum(len(x) for x in xs)  # noqa: E731
+        train = mean(split[False])
+        return train, mean(split[True]) if split[True] else train
 
     def _leader(self, name: str) -> str:
         return next(group[0] for group in self.groups if name in group)
@@ -96,13 +101,10 @@ class BlockWork:
             producer = self.block.get_submodule(fold.producer)
             weights = [self.linears[name].weight.data.to(torch.float32) for name in fold.consumers]
             channels = len(weight_of(producer))
-            enough = TOKENS_PER_CHANNEL * len(fold.channel_map)
-            with self.report.timed("statistics"):
-                train, held = self._float_moments(self._leader(fold.consumers[0]), at_most=enough)
             assert self.recipe.scale is not None
             with self.report.timed("scale search"):
-                loss_of = self._scale_loss(fold)
-                choice = search_scales(weights, fold.channel_map, channels, train, held, self.recipe.spec, self.recipe.scale, loss_of)
+                energies, loss_of = self._energies(self._leader(fold.consumers[0])), self._scale_loss(fold)
+                choice = search_scales(weights, fold.channel_map, channels, *energies, self.recipe.spec, self.recipe.scale, loss_of)
             self.choices.update(dict.fromkeys(fold.consumers, choice))
             if choice.alpha > 0:
                 self._absorb(fold, producer, choice.scales)

@@ -83,6 +83,7 @@ class AwqHfQuantizer(HfQuantizer):
                     module.requires_grad_(False)  # the loader re-creates floating parameters with gradients
             return model
         assert self.windows is not None
+        self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
         report = quantize_model(model, self.quantization_config.recipe(), self.windows, compat.progress_bar)
         self.quantization_config.modules_to_not_convert = _skip_list(self.quantization_config, report)
         model.awq_report = report

@@ -88,8 +88,9 @@ class Report:
             f"calibrated on {tokens:,} tokens ({self.calibration['source']}).",
             f"Output error of a layer on held-out calibration text: {self.loss_ratio():.0%} of plain rounding's on average.",
         ]
-        folded = sum(layer.alpha > 0 for layer in self.layers)
-        lines.append(f"Smoothing scales help {folded} layers; {len(self.not_folded)} have no place to fold them (quantized without).")
+        if self.recipe["scale"] is not None:
+            line = f"Smoothing scales help {sum(layer.alpha > 0 for layer in self.layers)} of {len(self.layers)} layers"
+            lines.append(line + (f"; {len(self.not_folded)} have no place to fold them." if self.not_folded else "."))
         if self.fallbacks:
             lines.append(f"{len(self.fallbacks)} layers fell back to a simpler rounding, where the held-out text asked for it:")
             lines += [f"  {layer.name}: {layer.fallback}" for layer in self.fallbacks]

@@ -2,9 +2,13 @@
 
     s* = argmin_s  E| Q(W diag(s)) diag(s)^-1 x - W x |^2,    s = s_x^alpha,  alpha in [0, 1]
 
-s_x is the magnitude of each input channel. Here it is the root mean square (from diag H) rather than the mean of |x|, and
-the error is taken from H (calibration/stats.py). Candidates: the identity, s_x^alpha with alpha up to and including 1,
-and the second family s_x^alpha / mean|w|^(1 - alpha), which also lowers channels whose weights are already large.
+s_x is the magnitude of each input channel; here it is the root mean square rather than the mean of |x|. The error D of plain
+rounding is as good as independent from weight to weight, so the expectation is taken over it as well, which leaves the
+diagonal of H: the loss is sum_oi D_oi^2 E[x_i^2]. That costs out * in for a candidate instead of out * in^2, and finds
+scales as good as the full second moment does (benchmarks/ablation.py compares it with the loss of the paper's code).
+
+Candidates: the identity, s_x^alpha with alpha up to and including 1, and a second family, s_x^alpha / w^(1 - alpha) with w the
+mean magnitude of the channel's weights, which also lowers channels that are large already.
 """
 
 from __future__ import annotations
@@ -16,10 +20,10 @@ import torch
 from torch import Tensor
 
 from awq_hf.affine import choose_grid, fake_quantize
-from awq_hf.calibration.stats import Moments, output_error
 from awq_hf.spec import QuantSpec
 
 FLOOR = 1e-4  # of magnitudes and scales, relative to their mean: dead channels get a finite scale
+MARGIN = 0.01  # a gain on the held-out slice below this share is noise, and not worth a change of the model
 
 Loss = Callable[[Tensor], float]
 
@@ -43,49 +47,56 @@ class ScaleChoice:
 
 
 def search_scales(
-    weights: list[Tensor], channel_map: Tensor, channels: int, train: Moments, held: Moments, spec: QuantSpec, options: ScaleOptions,
-    loss_of: Loss | None = None,
+    weights: list[Tensor], channel_map: Tensor, channels: int, energy: Tensor, held_energy: Tensor, spec: QuantSpec,
+    options: ScaleOptions, loss_of: Loss | None = None,
 ) -> ScaleChoice:  # fmt: skip
     """The smoothing scales of one fold: best on the calibration statistic, and kept only if the held-out slice agrees.
 
-    weights: the consumers' float32 [out, in], sharing one input; channel_map: [in] -> producer channel;
-    channels: producer channels; train, held: moments of the float input. loss_of overrides the loss of scales [in].
+    weights: the consumers' float32 [out, in], sharing one input; channel_map: [in] -> producer channel; channels: producer
+    channels; energy, held_energy: E[x^2] of the float input, [in]. loss_of overrides the loss of scales [in].
     """
-    loss_of = loss_of or (lambda s: nearest_loss(weights, s, train, spec))
+    loss_of = loss_of or (lambda s: nearest_loss(weights, s, energy, spec))
     one = torch.ones(channels, device=channel_map.device)
     best = identity = ScaleChoice(one, 0.0, "identity", loss := loss_of(one[channel_map]), loss)
-    for family, alpha, scales in _candidates(weights, channel_map, channels, train, options):
+    for family, alpha, scales in _candidates(weights, channel_map, channels, energy, options):
         loss = loss_of(scales[channel_map])
         if loss < best.loss:
             best = ScaleChoice(scales, alpha, family, loss, identity.loss)
     if best is identity:
         return identity
-    agrees = nearest_loss(weights, best.scales[channel_map], held, spec) <= nearest_loss(weights, one[channel_map], held, spec)
-    return best if agrees else ScaleChoice(one, 0.0, "identity (held-out slice)", identity.loss, identity.loss)
+    held_loss, held_identity = (nearest_loss(weights, s[channel_map], held_energy, spec) for s in (best.scales, one))
+    if held_loss <= (1 - MARGIN) * held_identity:
+        return best
+    return ScaleChoice(one, 0.0, "identity (held-out slice)", identity.loss, identity.loss)
 
 
-def nearest_loss(weights: list[Tensor], scales: Tensor, moments: Moments, spec: QuantSpec) -> float:
-    """Output error of plain rounding after smoothing by scales [in], summed over the consumers."""
+def nearest_loss(weights: list[Tensor], scales: Tensor, energy: Tensor, spec: QuantSpec) -> float:
+    """Expected output error of plain rounding after smoothing by scales [in], summed over the consumers."""
     error = 0.0
     for weight in weights:
         smoothed = weight * scales
-        error += float(output_error(weight, fake_quantize(smoothed, choose_grid(smoothed, spec)) / scales, moments).sum())
+        d = fake_quantize(smoothed, choose_grid(smoothed, spec)).div_(scales).sub_(weight)
+        error += float((d.square_() @ energy).sum())
     return error
 
 
 def _candidates(
-    weights: list[Tensor], channel_map: Tensor, channels: int, moments: Moments, options: ScaleOptions
+    weights: list[Tensor], channel_map: Tensor, channels: int, energy: Tensor, options: ScaleOptions
 ) -> Iterator[tuple[str, float, Tensor]]:
-    """(family, alpha, scales [channels]), each normalized by sqrt(max * min) as in the paper's code."""
-    x = _per_producer(moments.H.diagonal(), channel_map, channels).sqrt()  # [channels]
+    """(family, alpha, scales [channels]), each normalized by sqrt(max * min) as in the paper's code.
+
+    Producer channels that no consumer reads (the query and key rows of a fused projection) keep the scale 1.
+    """
+    used = torch.zeros(channels, dtype=torch.bool, device=channel_map.device).index_fill_(0, channel_map, True)
+    x = _per_producer(energy, channel_map, channels).sqrt()  # [channels]
     # The weights' magnitudes are relative to their group's largest, since that is what sets the step they are rounded by.
     w = _per_producer(torch.stack([_relative_magnitude(weight) for weight in weights]).mean(0), channel_map, channels)
     x, w = _floored(x), _floored(w)
     for step in range(1, options.steps + 1):
         alpha = step / options.steps
-        yield "activations", alpha, _normalized(x**alpha)
+        yield "activations", alpha, _normalized(x**alpha, used)
         if alpha < 1:
-            yield "activations / weights", alpha, _normalized(x**alpha / w ** (1 - alpha))
+            yield "activations / weights", alpha, _normalized(x**alpha / w ** (1 - alpha), used)
 
 
 def _relative_magnitude(weight: Tensor) -> Tensor:
@@ -103,6 +114,6 @@ def _floored(values: Tensor) -> Tensor:
     return values.clamp(min=float(values.mean()) * FLOOR + 1e-30)
 
 
-def _normalized(scales: Tensor) -> Tensor:
-    scales = scales / (scales.max() * scales.min()).sqrt()
-    return scales.clamp(min=FLOOR, max=1 / FLOOR)
+def _normalized(scales: Tensor, used: Tensor) -> Tensor:
+    scales = scales / (scales[used].max() * scales[used].min()).sqrt()
+    return torch.where(used, scales.clamp(min=FLOOR, max=1 / FLOOR), 1.0)
