@@ -26,6 +26,8 @@ from awq_hf.transforms.awq_clip import search_clip
 from awq_hf.transforms.awq_scale import Loss, ScaleChoice, search_scales
 from awq_hf.transforms.correction import corrected_target
 
+Candidate = tuple[Tensor, Grid]  # codes [out, in] and the grid they are on
+
 
 class BlockWork:
     """The state of one block while it is being quantized. Module names are relative to the block.
@@ -218,17 +220,18 @@ class BlockWork:
         )
 
     def _keep_best(
-        self, name: str, layer: LayerReport, weight: Tensor, found: tuple[Tensor, Grid], H: Tensor, held: Moments  # noqa: N803
+        self, name: str, layer: LayerReport, weight: Tensor, found: Candidate, H: Tensor, held: Moments  # noqa: N803
     ) -> None:  # fmt: skip
-        """Store `found`, unless the held-out slice says that plain rounding was better: then the best of simpler roundings."""
+        """Store `found`, unless plain rounding is better on the held-out slice: then simpler roundings take over, row by row."""
         energy = max(layer.loss, 1e-30)
-        loss_of = lambda candidate: float(output_error(weight, affine.dequantize(*candidate), held).sum()) / energy  # noqa: E731
-        layer.loss = loss_of(found)
+        errors = _row_errors(weight, found, held)
+        layer.loss = float(errors.sum()) / energy
         if layer.loss > layer.loss_plain:
-            lost = f"{layer.rounding} lost to plain rounding on held-out text ({layer.loss:.3g} against {layer.loss_plain:.3g})"
-            for rounding, candidate in self._simpler(weight, H):
-                if (loss := loss_of(candidate)) < layer.loss:
-                    found, layer.loss, layer.rounding, layer.correction, layer.fallback = candidate, loss, rounding, 0.0, lost
+            lost = f"{layer.rounding} lost to plain rounding on the held-out slice ({layer.loss:.3g} against {layer.loss_plain:.3g})"
+            for candidate in self._simpler(weight, H):
+                better = (rows := _row_errors(weight, candidate, held)) < errors
+                found, errors = _merged(better, candidate, found), torch.minimum(rows, errors)
+            layer.loss, layer.rounding, layer.fallback = float(errors.sum()) / energy, "the best of each row", lost
         linear = self.linears[name]
         self.quantized[name] = affine.to_quantized_weight(*found)
         linear.weight.data.copy_(affine.dequantize(*found))
@@ -237,16 +240,25 @@ class BlockWork:
         self.layers[name] = layer
         self.report.layers.append(layer)
 
-    def _simpler(self, weight: Tensor, H: Tensor) -> list[tuple[str, tuple[Tensor, Grid]]]:  # noqa: N803
-        """Roundings of the uncorrected weight, from elaborate to plain."""
-        plain = choose_grid(weight, self.recipe.spec)
-        candidates = []
+    def _simpler(self, weight: Tensor, H: Tensor) -> list[Candidate]:  # noqa: N803
+        """Plain roundings of the uncorrected weight, on the clipped grid and on the whole one."""
+        grids = [choose_grid(weight, self.recipe.spec)]
         if self.recipe.clip is not None:
-            clipped = search_clip(weight, H, self.recipe.spec, self.recipe.clip)
-            candidates.append(("nearest, clipped", ROUNDERS["nearest"](weight, clipped, H)))
-        return [*candidates, ("nearest", ROUNDERS["nearest"](weight, plain, H))]
+            grids.append(search_clip(weight, H, self.recipe.spec, self.recipe.clip))
+        return [ROUNDERS["nearest"](weight, grid, H) for grid in grids]
 
     def loss_line(self) -> str:
         """For the progress bar: the block's mean loss against plain rounding's."""
         ours, plain = (sum(getattr(layer, key) for layer in self.layers.values()) for key in ("loss", "loss_plain"))
         return f"loss {ours / max(len(self.layers), 1):.2e}, plain rounding {plain / max(len(self.layers), 1):.2e}"
+
+
+def _row_errors(weight: Tensor, candidate: Candidate, held: Moments) -> Tensor:
+    return output_error(weight, affine.dequantize(*candidate), held)
+
+
+def _merged(take: Tensor, a: Candidate, b: Candidate) -> Candidate:
+    """Rows of `a` where `take` [out], of `b` elsewhere: output channels are independent of each other."""
+    take = take[:, None]
+    scales, zero_points = torch.where(take, a[1].scales, b[1].scales), torch.where(take, a[1].zero_points, b[1].zero_points)
+    return torch.where(take, a[0], b[0]), Grid(scales, zero_points, a[1].spec)

@@ -92,7 +92,7 @@ class Report:
             line = f"Smoothing scales help {sum(layer.alpha > 0 for layer in self.layers)} of {len(self.layers)} layers"
             lines.append(line + (f"; {len(self.not_folded)} have no place to fold them." if self.not_folded else "."))
         if self.fallbacks:
-            lines.append(f"{len(self.fallbacks)} layers fell back to a simpler rounding, where the held-out text asked for it:")
+            lines.append(f"{len(self.fallbacks)} layers fell back to simpler rounding, since the held-out text asked for it:")
             lines += [f"  {layer.name}: {layer.fallback}" for layer in self.fallbacks]
         if self.left_in_float:
             lines.append(f"Left in float: {', '.join(self.left_in_float)}.")
