@@ -12,7 +12,7 @@ from awq_hf import affine
 from awq_hf.affine import Grid, choose_grid, fake_quantize
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stats import Moments, output_energy, output_error
-from awq_hf.calibration.stream import Call, capture_inputs
+from awq_hf.calibration.stream import Call, PausedForwards, capture_inputs
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
 from awq_hf.folding.probe import verify
@@ -70,7 +70,7 @@ class BlockWork:
         self.float_inputs = {name: [] for name in leaders}
         outputs = []
         for batch, call in zip(self.batches, calls, strict=True):
-            inputs, output = capture_inputs(self.block, call, leaders, run_to_end=True)
+            inputs, output = capture_inputs(self.block, call, leaders)
             for name in leaders:
                 self.float_inputs[name].append(batch.real_tokens(inputs[name]))
             outputs.append(output)
@@ -135,27 +135,33 @@ class BlockWork:
 
     # Rounding
 
-    def round_groups(self, calls: Sequence[Call]) -> None:
-        """Quantize the Linears, group by group in the order of execution. calls: the block's calls in the quantized stream."""
-        for group in self.groups:
-            names = [name for name in group if self._is_target(name)]
-            if names:
-                with self.report.timed("statistics"):
-                    train, held = self._moments(group[0], calls)
-                self._round(names, train, held)
-            del self.float_inputs[group[0]]
+    def round_groups(self, calls: Sequence[Call]) -> list[Any]:
+        """Quantize the Linears, group by group in the order of execution.
 
-    def _moments(self, leader: str, calls: Sequence[Call]) -> tuple[Moments, Moments]:
+        calls: the block's calls in the quantized stream; returns what the quantized block puts out for them.
+        """
+        targets = {group[0]: [name for name in group if self._is_target(name)] for group in self.groups}
+        with PausedForwards(self.block, calls, [leader for leader, names in targets.items() if names]) as forwards:
+            for leader, names in targets.items():
+                if names:
+                    with self.report.timed("quantized stream and statistics"):
+                        train, held = self._moments(leader, forwards)
+                    self._round(names, train, held)
+                del self.float_inputs[leader]
+            with self.report.timed("quantized stream and statistics"):
+                return forwards.outputs()
+
+    def _moments(self, leader: str, forwards: PausedForwards) -> tuple[Moments, Moments]:
         """Moments of what the group really gets, with smoothing folded in: (for the search, of the held-out slice)."""
         scales = self.in_scales.get(leader)
         if self.recipe.stream == "float":
             train, held = self._float_moments(leader)
             return (train, held) if scales is None else (train.scaled(scales), held.scaled(scales))
         train, held = Moments(), Moments()
-        for batch, call, x0 in zip(self.batches, calls, self.float_inputs[leader], strict=True):
-            inputs, _ = capture_inputs(self.block, call, [leader])
-            x, into = batch.real_tokens(inputs[leader]), held if batch.held_out else train
-            into.add(x, x0 if scales is None else x0.to(torch.float32) / scales, want_ee=batch.held_out)
+        for batch, x, x0 in zip(self.batches, forwards.inputs(leader), self.float_inputs[leader], strict=True):
+            if x is not None:
+                into = held if batch.held_out else train
+                into.add(batch.real_tokens(x), x0 if scales is None else x0.to(torch.float32) / scales, want_ee=batch.held_out)
         return train, held if held.tokens else train
 
     def _folded(self, name: str) -> Tensor:

@@ -90,10 +90,11 @@ class AwqHfQuantizer(HfQuantizer):
         compat.after_saving(model, lambda saved, directory: saved.awq_report.save(directory))
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        plain_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32  # a name after saving
         for name, module in list(model.named_modules()):
             if isinstance(module, AwqLinear):
-                model.set_submodule(name, _plain_linear(module, dtype or torch.float32))
+                model.set_submodule(name, _plain_linear(module, plain_dtype))
         compat.forget_after_saving(model)
         return model
 

@@ -68,10 +68,10 @@ class AwqLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AwqLinear:
         # model.to(torch.bfloat16) casts every floating parameter; a scale is part of the stored integers' meaning and keeps its dtype.
-        before = self.scales
+        before = self.scales.data  # the Parameter itself is changed in place
         super()._apply(fn, recurse)
         if self.scales.dtype != before.dtype:
-            self.scales = nn.Parameter(before.data.to(self.scales.device), requires_grad=False)
+            self.scales = nn.Parameter(before.to(self.scales.device), requires_grad=False)
         return self
 
     def extra_repr(self) -> str:

@@ -51,12 +51,10 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
             work.discover_folds(probe_calls[0], known_folds)
             probe_stream.advance(index, probe_calls)
         with report.timed("float stream"):
-            quantized_calls = quantized_stream.calls(index)
+            quantized_calls = quantized_stream.calls(index) if recipe.stream == "quantized" else []
             float_stream.outputs = work.run_float(float_stream.calls(index))
         work.choose_scales()
-        work.round_groups(quantized_calls)
-        with report.timed("quantized stream"):
-            quantized_stream.advance(index, quantized_calls)
+        quantized_stream.outputs = work.round_groups(quantized_calls)
         with report.timed("packing"):
             _replace(blocks[index], work)
         if progress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from awq_hf.calibration.stream import find_blocks
@@ -30,13 +32,20 @@ def check_shapes(model: nn.Module, recipe: Recipe) -> None:
     bad = {name: reason for name, linear in found.items() if (reason := _misfit(linear, recipe.spec))}
     if bad:
         works = [g for g in GROUP_SIZES if all(QuantSpec(recipe.spec.bits, g).divides(lin.in_features) for lin in found.values())]
-        leave = sorted({name.rsplit(".", 1)[-1] for name in bad})
+        leave = sorted({_shortest_pattern(name, found.keys() - bad.keys()) for name in bad})
         raise ValueError(
             f"{len(bad)} layers do not fit bits={recipe.spec.bits}, group_size={recipe.spec.group_size}:\n"
             + "\n".join(f"  {name}: {reason}" for name, reason in list(bad.items())[:8])
             + (f"\n  and {len(bad) - 8} more" if len(bad) > 8 else "")
             + f"\nGroup sizes that divide every layer: {works}. Or leave these layers in float: modules_to_not_convert={leave}"
         )
+
+
+def _shortest_pattern(name: str, others: Iterable[str]) -> str:
+    """The shortest end of a dotted name that is in none of the other names."""
+    parts = name.split(".")
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
+    return next((end for end in ends if not any(end in other for other in others)), name)
 
 
 def _misfit(linear: nn.Linear, spec: QuantSpec) -> str | None:

@@ -24,9 +24,9 @@ class QuantSpec:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise ValueError(f"bits={self.bits!r} is not supported; choose one of {list(BITS)}")
-        if self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise ValueError(
                 f"group_size={self.group_size!r} is not supported; choose one of {list(GROUP_SIZES)} (-1 is one group for the whole row)"
             )

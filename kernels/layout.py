@@ -69,6 +69,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """int32 words [rows, ceil(columns * bits / 32)] -> uint8 codes [rows, columns]. Inverse of `pack`."""
     rows = words.shape[0]
+    if words.shape[1] != words_per_row(columns, bits):
+        raise ValueError(f"{columns} columns of {bits} bits are {words_per_row(columns, bits)} words a row, not {words.shape[1]}")
     per_period, period_words = _period(bits)
     periods = math.ceil(columns / per_period)
     if words.shape[1] != periods * period_words:

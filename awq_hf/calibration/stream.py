@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import greenlet
 import torch
 from torch import Tensor, nn
 
@@ -93,26 +94,77 @@ class BlockStream:
         self.outputs = [self.blocks[index](*args, **kwargs) for args, kwargs in calls]
 
 
-@torch.no_grad()
-def capture_inputs(block: nn.Module, call: Call, names: Sequence[str], run_to_end: bool = False) -> tuple[dict[str, Tensor], Any]:
-    """The inputs of the named Linears during one call, [tokens, in] each, and the block's output when it ran to its end."""
-    inputs: dict[str, Tensor] = {}
+@contextmanager
+def _hooks(block: nn.Module, names: Sequence[str], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call seen(name, input [tokens, in]) whenever one of the named Linears is about to run."""
 
-    def hook_for(name: str) -> Callable[..., None]:
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name] = args[0].reshape(-1, args[0].shape[-1])
-            if len(inputs) == len(names) and not run_to_end:
-                raise _Stop
+            seen(name, args[0].reshape(-1, args[0].shape[-1]))
 
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-    args, kwargs = call
     try:
-        output = block(*args, **kwargs)
-    except _Stop:
-        output = None
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def capture_inputs(block: nn.Module, call: Call, names: Sequence[str]) -> tuple[dict[str, Tensor], Any]:
+    """The inputs of the named Linears during one call, [tokens, in] each, and what the block returned."""
+    inputs: dict[str, Tensor] = {}
+    with _hooks(block, names, inputs.__setitem__):
+        output = block(*call[0], **call[1])
     return inputs, output
+
+
+class PausedForwards:
+    """The calls of one block, each stopped at the input of every named Linear, so that it can be quantized before it runs.
+
+    Later Linears thus see what the quantized ones before them put out, and every call is computed once. Each call is a
+    greenlet: a function that can be left in the middle and gone on with. Use as a context manager, for the hooks.
+    """
+
+    def __init__(self, block: nn.Module, calls: Sequence[Call], names: Sequence[str]) -> None:
+        self._block, self._names = block, names
+        self._main = greenlet.getcurrent()
+        self._forwards = [greenlet.greenlet(lambda args=args, kwargs=kwargs: block(*args, **kwargs)) for args, kwargs in calls]
+        self._reached: list[Any] = [None] * len(calls)  # (name, input) where the call is paused, or what it returned
+
+    def __enter__(self) -> PausedForwards:
+        self._context = ExitStack()
+        self._context.enter_context(torch.no_grad())
+        self._context.enter_context(_hooks(self._block, self._names, lambda name, x: self._main.switch((name, x))))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for forward in self._forwards:
+            if not forward.dead:
+                forward.throw()  # ends it
+        self._context.close()
+
+    def inputs(self, name: str) -> Iterator[Tensor | None]:
+        """The input [tokens, in] of the Linear `name` in every call; None where a call does not run it.
+
+        Linears are asked for in the order in which they run.
+        """
+        for i, forward in enumerate(self._forwards):
+            if not forward.dead:
+                self._reached[i] = forward.switch()
+            yield None if forward.dead else self._at(i, name)
+
+    def _at(self, i: int, name: str) -> Tensor:
+        reached, x = self._reached[i]
+        if reached != name:
+            raise RuntimeError(f"{reached} ran where {name} was expected: the block's order of execution changes between calls")
+        return x
+
+    def outputs(self) -> list[Any]:
+        """Let every call run to its end; what the block returned for each."""
+        for i, forward in enumerate(self._forwards):
+            while not forward.dead:
+                self._reached[i] = forward.switch()
+        return self._reached

@@ -76,7 +76,8 @@ class BlockProbe:
         for name in self.producers:
             handles.append(self.block.get_submodule(name).register_forward_hook(on_output(name)))
         try:
-            output = torch.func.functional_call(self.block, dict(parameters or {}), self.args, dict(self.kwargs))
+            args, kwargs = tree_map(_cloned, (self.args, self.kwargs))  # a block may change its arguments in place
+            output = torch.func.functional_call(self.block, dict(parameters or {}), args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -98,6 +99,10 @@ class BlockProbe:
         return len(changed) == len(self.baseline.output) and all(
             bool((_channel_error(a, b) <= 10 * TOLERANCE).all()) for a, b in zip(changed, self.baseline.output, strict=True)
         )
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _channel_error(changed: Tensor, expected: Tensor) -> Tensor:

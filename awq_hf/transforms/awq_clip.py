@@ -20,7 +20,7 @@ from awq_hf.spec import QuantSpec
 class ClipOptions:
     """shrinks: factors tried for each end of a group's range, besides 1."""
 
-    shrinks: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
+    shrinks: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
 
 
 def search_clip(weight: Tensor, H: Tensor, spec: QuantSpec, options: ClipOptions) -> Grid:  # noqa: N803

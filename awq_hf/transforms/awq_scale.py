@@ -91,7 +91,7 @@ def _candidates(
     x = _per_producer(energy, channel_map, channels).sqrt()  # [channels]
     # The weights' magnitudes are relative to their group's largest, since that is what sets the step they are rounded by.
     w = _per_producer(torch.stack([_relative_magnitude(weight) for weight in weights]).mean(0), channel_map, channels)
-    x, w = _floored(x), _floored(w)
+    x, w = _floored(x, used), _floored(w, used)
     for step in range(1, options.steps + 1):
         alpha = step / options.steps
         yield "activations", alpha, _normalized(x**alpha, used)
@@ -110,8 +110,8 @@ def _per_producer(values: Tensor, channel_map: Tensor, channels: int) -> Tensor:
     return torch.where(count > 0, total / count.clamp(min=1), 1.0)
 
 
-def _floored(values: Tensor) -> Tensor:
-    return values.clamp(min=float(values.mean()) * FLOOR + 1e-30)
+def _floored(values: Tensor, used: Tensor) -> Tensor:
+    return values.clamp(min=float(values[used].mean()) * FLOOR + 1e-30)
 
 
 def _normalized(scales: Tensor, used: Tensor) -> Tensor:

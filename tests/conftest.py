@@ -1,0 +1,116 @@
+"""What several tests share: tiny random models, token tensors, and the demonstration model of the package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Before transformers is imported. Nothing here needs a network, and on tiny matrices threads only wait for each other.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+torch.set_num_threads(1)
+
+VOCABULARY = 96
+LLAMA = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    attention_bias=True,
+    mlp_bias=True,
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Any]:
+    """random_model(config, dtype): its weights, norms and biases are all random: norms at 1 and biases at 0 hide errors."""
+    from transformers import AutoModelForCausalLM
+
+    def build(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:  # a norm at 1 (or at 0, where the module adds 1), or a bias
+                parameter.data.add_(0.3 * noise)
+            else:
+                parameter.data.copy_(noise / parameter.shape[-1] ** 0.5)
+        return model.to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(random_model: Callable[..., Any]) -> Callable[..., Any]:
+    """tiny_llama(dtype, **changes to its config): two blocks, grouped-query attention, biases everywhere."""
+    from transformers import LlamaConfig
+
+    def build(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+        return random_model(LlamaConfig(**{**LLAMA, **changes}), dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tokens() -> list[Tensor]:
+    """Calibration samples of different lengths, for models with 96 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in (40, 24, 56, 40, 33, 47) * 2]
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Tensor:
+    return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def small_config(tokens: list[Tensor]) -> Callable[..., Any]:
+    """small_config(**options): an AwqConfig that suits the tiny models."""
+    from awq_hf import AwqConfig
+
+    return lambda **options: AwqConfig(**{"group_size": 32, "calibration": tokens, "samples": 8, "seq_len": 48, **options})
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tiny_llama: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float checkpoint of the tiny Llama, without a tokenizer."""
+    path = tmp_path_factory.mktemp("llama") / "float"
+    tiny_llama().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def quantized_dir(llama_dir: Path, small_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, quantized to 4 bits."""
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("llama") / "awq"
+    AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=small_config()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    """The package's demonstration: model/, calibration.txt, evaluation.txt."""
+    import awq_hf
+
+    return Path(awq_hf.__file__).parent / "data" / "demo"

@@ -1,0 +1,190 @@
+"""Touch points with transformers: taking over and giving back "awq", what core refuses, saving of copies, dequantize()."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_awq import AwqQuantizer
+
+import awq_hf
+from awq_hf import AwqHfQuantizer, AwqLinear
+
+BITS = (2, 3, 8)
+
+
+def taken_by() -> tuple[Any, Any]:
+    return auto.AUTO_QUANTIZER_MAPPING["awq"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["awq"]
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    yield
+    awq_hf.register()
+
+
+@pytest.fixture(scope="module")
+def widths(llama_dir: Path, small_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """bits -> the model in memory; its checkpoint is at model.saved_at."""
+    models = {}
+    for bits in BITS:
+        model = AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=small_config(bits=bits, samples=4))
+        model.saved_at = tmp_path_factory.mktemp("widths") / str(bits)
+        model.save_pretrained(model.saved_at)
+        models[bits] = model
+    return models
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=120)
+
+
+# Registration
+
+
+def test_import_takes_over_and_unregister_gives_back(registered: None, quantized_dir: Path) -> None:
+    assert taken_by() == (AwqHfQuantizer, awq_hf.AwqConfig)
+    awq_hf.unregister()
+    assert taken_by() == (AwqQuantizer, transformers.AwqConfig)
+    with pytest.raises(ImportError, match="gptqmodel"):  # transformers' own loader needs it, and is asked again
+        AutoModelForCausalLM.from_pretrained(quantized_dir)
+    awq_hf.register()
+    assert taken_by() == (AwqHfQuantizer, awq_hf.AwqConfig)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(quantized_dir).hf_quantizer, AwqHfQuantizer)
+
+
+def test_registering_twice_does_not_lose_the_original(registered: None) -> None:
+    awq_hf.register()
+    awq_hf.register()
+    awq_hf.unregister()
+    awq_hf.unregister()
+    assert taken_by() == (AwqQuantizer, transformers.AwqConfig)
+
+
+# Widths that AutoAWQ's format does not have
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_widths_round_trip_under_a_version_of_our_own(bits: int, widths: dict[int, Any], prompt: Tensor) -> None:
+    model = widths[bits]
+    written = json.loads((model.saved_at / "config.json").read_text())["quantization_config"]
+    assert (written["bits"], written["version"], written["quant_method"]) == (bits, "awq_hf", "awq")
+    loaded = AutoModelForCausalLM.from_pretrained(model.saved_at)
+    assert torch.equal(loaded(prompt).logits, model(prompt).logits)
+    assert torch.isfinite(loaded(prompt).logits).all()
+    for name, tensor in load_file(model.saved_at / "model.safetensors").items():
+        assert torch.equal(tensor, model.get_parameter(name)), name
+
+
+def test_transformers_own_loader_refuses_them(widths: dict[int, Any]) -> None:
+    code = (
+        "import sys, awq_hf, transformers\n"
+        "awq_hf.unregister()\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n"
+        "        transformers.AutoModelForCausalLM.from_pretrained(path)\n"
+        "        print('loaded')\n"
+        "    except ValueError as error:\n"
+        "        print('refused', 'awq_hf' in str(error))\n"
+    )
+    result = python(code, *(str(model.saved_at) for model in widths.values()))
+    assert result.stdout.splitlines() == ["refused True"] * len(BITS), result.stderr
+
+
+# Saving
+
+
+def test_save_writes_the_report(llama_dir: Path, small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=small_config(samples=2))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(prompt).logits, model(prompt).logits)
+    copied.model.layers[0].input_layernorm.weight.data.mul_(2)
+    for name, each in (("model", model), ("copy", copied)):
+        each.save_pretrained(tmp_path / name)
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert [layer["name"] for layer in report["layers"]] == [layer.name for layer in model.awq_report.layers]
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / name)(prompt).logits, each(prompt).logits)
+        with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
+            assert not any("report" in key for key in file.keys())  # noqa: SIM118
+
+
+def test_saving_again_what_was_loaded_writes_the_same_bytes(quantized_dir: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(quantized_dir).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (quantized_dir / "model.safetensors").read_bytes()
+    again, first = (json.loads((path / "config.json").read_text()) for path in (tmp_path, quantized_dir))
+    assert again == first
+
+
+# dequantize()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.0), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_dequantize_gives_a_plain_model(
+    dtype: torch.dtype, tolerance: float, llama_dir: Path, small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=small_config(samples=2), dtype=dtype)
+    expected = model(prompt).logits.float()
+    plain = model.dequantize()
+    assert not any(isinstance(module, AwqLinear) for module in plain.modules())
+    assert sum(isinstance(module, nn.Linear) for module in plain.modules()) == 15
+    assert not hasattr(plain.config, "quantization_config") and not getattr(plain, "is_quantized", False)
+    assert {parameter.dtype for parameter in plain.parameters()} == {dtype}
+    assert (plain(prompt).logits.float() - expected).abs().max() <= tolerance * expected.abs().max()
+    plain.save_pretrained(tmp_path)
+    assert not (tmp_path / "report.json").exists()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(prompt).logits, plain(prompt).logits)
+
+
+def test_dequantize_keeps_the_dtype_of_a_model_that_was_cast_in_memory(
+    tiny_llama: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor
+) -> None:
+    model: Any = awq_hf.quantize(tiny_llama().to(torch.bfloat16), small_config(samples=2))
+    assert torch.isfinite(model.dequantize()(prompt).logits).all()
+
+
+def test_dequantize_to_another_dtype(quantized_dir: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(quantized_dir).dequantize(dtype=torch.bfloat16)
+    assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_dequantize_after_saving(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized_dir)
+    expected = model(prompt).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model.dequantize()(prompt).logits, expected)
+
+
+def test_dequantized_models_can_be_trained_and_quantized_again(
+    quantized_dir: Path, small_config: Callable[..., Any], prompt: Tensor
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(quantized_dir).dequantize()
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    assert torch.isfinite(awq_hf.quantize(plain, small_config(samples=2))(prompt).logits).all()
+
+
+def test_a_dequantized_checkpoint_needs_no_plugin(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(quantized_dir).dequantize()
+    plain.save_pretrained(tmp_path)
+    torch.save({"prompt": prompt, "logits": plain(prompt).logits.detach()}, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, transformers\n"
+        "expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "torch.set_num_threads(1)\n"
+        "logits = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])(expected['prompt']).logits\n"
+        "print(torch.allclose(logits, expected['logits'], atol=1e-5), 'awq_hf' in sys.modules)\n"
+    )
+    result = python(code, str(tmp_path))
+    assert result.stdout.split() == ["True", "False"], result.stderr

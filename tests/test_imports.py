@@ -1,0 +1,145 @@
+"""Who may import whom, read from the source; and what importing the package does to a process."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "awq_hf"
+BARE = {"kernels", "exporters", "model_cards"}  # the folders' names in the repository; `kernels` is another project's package
+
+# Unit (a module or a folder of the package) -> what of the package it may import.
+ALLOWED = {
+    "kernels": "",
+    "spec": "",
+    "affine": "spec",
+    "report": "",
+    "calibration": "spec",
+    "folding": "spec",
+    "transforms": "spec affine calibration folding",
+    "rounding": "spec affine calibration folding",
+    "recipe": "spec transforms rounding",
+    "preflight": "spec kernels.layout calibration recipe",
+    "linear": "spec kernels",
+    "checkpoint": "spec kernels.layout linear",
+    "block": "spec affine calibration folding transforms rounding recipe preflight report",
+    "pipeline": "spec affine calibration folding transforms rounding recipe preflight report block linear",
+    "compat": "",
+    "evaluate": "calibration",
+    "config": "spec kernels.layout calibration transforms rounding recipe linear experts compat",
+    "hf_quantizer": "spec calibration recipe linear checkpoint preflight report pipeline compat config",
+    "api": "config hf_quantizer",
+    "exporters": "spec kernels.layout",
+    "model_cards": "",
+    "demo": "api config evaluate linear report",
+    "cli": "api compat config demo evaluate linear report spec",
+    "__init__": "api compat config evaluate hf_quantizer linear spec",
+}
+TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo"}
+LEAVES = {"cli", "demo"}  # nobody imports them, but for cli, which starts the demonstration
+
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if "data" not in path.relative_to(PACKAGE).parts and "__pycache__" not in path.parts
+) + sorted(path for folder in BARE for path in (PACKAGE / folder).rglob("*.py"))
+MODULES = sorted(set(MODULES))
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full dotted names: of modules, and of what is imported from them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ["awq_hf", *path.relative_to(PACKAGE).parts[:-1]]
+            base = ".".join(package[: len(package) - node.level + 1] + [node.module or ""]) if node.level else node.module or ""
+            found |= {f"{base.rstrip('.')}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours_in(path: Path) -> set[str]:
+    """What of the package a module imports, without the package's name and its own unit."""
+    names = {name.removeprefix("awq_hf.") for name in imports_of(path) if name.startswith("awq_hf.")}
+    return {name for name in names if name.split(".")[0] != unit_of(path)}
+
+
+def test_every_module_is_seen_and_has_a_place_in_the_table() -> None:
+    units = {unit_of(path) for path in MODULES}
+    assert units >= {"kernels", "folding", "config", "pipeline", "__init__"}
+    assert units <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_keeps_the_rules(path: Path) -> None:
+    unit, allowed = unit_of(path), ALLOWED[unit_of(path)].split()
+    for name in ours_in(path):
+        assert any(name == rule or name.startswith(f"{rule}.") for rule in allowed), f"{unit} must not import {name}"
+        assert name.split(".")[0] not in LEAVES or unit == "cli", f"{unit} imports {name}"
+    packages = {name.split(".")[0] for name in imports_of(path)}
+    assert not packages & BARE, f"{sorted(packages & BARE)} under their bare names"
+    assert "transformers" not in packages or unit in TRANSFORMERS, f"{unit} must not import transformers"
+    if unit in ("spec", "affine", "transforms", "rounding", "folding", "kernels"):
+        assert packages - sys.stdlib_module_names <= {"awq_hf", "torch", "triton"}
+    if unit == "model_cards":
+        assert "torch" not in packages
+
+
+def test_rules_of_the_parser() -> None:
+    assert imports_of(PACKAGE / "kernels" / "ops.py") >= {"torch.Tensor", "awq_hf.kernels.reference"}
+    assert "awq_hf.config.AwqConfig" in imports_of(PACKAGE / "api.py")
+    assert ours_in(PACKAGE / "kernels" / "reference.py") == set()
+
+
+def test_the_package_does_not_import_itself_in_a_circle() -> None:
+    edges = {unit: {name.split(".")[0] for path in MODULES if unit_of(path) == unit for name in ours_in(path)} for unit in ALLOWED}
+    placed: set[str] = set()
+    while free := {unit for unit in edges.keys() - placed if edges[unit] <= placed}:
+        placed |= free
+    assert placed == edges.keys()
+
+
+# In a process of its own
+
+
+def python(code: str) -> list[str]:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_import_is_light() -> None:
+    heavy = ["triton", "rich", "typer", "datasets", "safetensors.numpy", "awq_hf.cli", "awq_hf.demo", "torch._dynamo", "torch._inductor"]
+    code = f"import torch, transformers, sys; before = set(sys.modules); import awq_hf; print(*(set({heavy}) & set(sys.modules) - before))"
+    assert python(code) == []
+
+
+def test_import_touches_nothing_but_the_registration() -> None:
+    code = (
+        "import os, warnings, logging, torch, transformers\n"
+        "from transformers.quantizers import auto\n"
+        "state = lambda: (dict(os.environ), torch.get_num_threads(), torch.get_default_dtype(), torch.random.get_rng_state().sum().item(),\n"
+        "    warnings.filters[:], logging.root.level, transformers.logging.get_verbosity(), list(auto.AUTO_QUANTIZER_MAPPING))\n"
+        "tables = lambda: {k: v for k, v in auto.AUTO_QUANTIZER_MAPPING.items() if k != 'awq'}\n"
+        "before = state(), tables()\n"
+        "import awq_hf\n"
+        "print((state(), tables()) == before, auto.AUTO_QUANTIZER_MAPPING['awq'].__module__)\n"
+    )
+    assert python(code) == ["True", "awq_hf.hf_quantizer"]
+
+
+def test_transformers_does_not_import_the_package() -> None:
+    assert python("import sys; from transformers import LlamaForCausalLM; print('awq_hf' in sys.modules)") == ["False"]
+
+
+def test_import_loads_no_model_code() -> None:
+    """The lazily loaded parts of transformers stay unloaded: `import awq_hf` costs little more than torch and the quantizers."""
+    code = "import sys, awq_hf; print(*(m for m in sys.modules if m.startswith('transformers.models.') and '.modeling_' in m))"
+    assert python(code) == []
