@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from awq_hf.config import AwqConfig
 from awq_hf.hf_quantizer import AwqHfQuantizer
+
+logger = logging.getLogger("awq_hf")
 
 
 def quantize(
@@ -30,6 +34,7 @@ def quantize(
     target = None if output_dir is None else check_output(output_dir)
     config = config or AwqConfig()
     if tokenizer is not None:
+        config = copy.copy(config)
         config.tokenizer = tokenizer
     if isinstance(model, PreTrainedModel):
         if load_options:
@@ -38,7 +43,7 @@ def quantize(
     else:
         quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **load_options)
     if target is not None:
-        save(quantized, target, config.tokenizer or quantized.name_or_path)
+        save(quantized, target, tokenizer or config.tokenizer or quantized.name_or_path)
     return quantized
 
 
@@ -75,12 +80,22 @@ def save(model: PreTrainedModel, target: Path, tokenizer: Any) -> None:
     try:
         partial.chmod(0o755)
         model.save_pretrained(partial)
-        if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        tokenizer.save_pretrained(partial)
+        _save_tokenizer(tokenizer, partial)
         if target.exists():
             target.rmdir()  # empty, as check_output saw
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """A model that was calibrated on tokens may have no tokenizer beside it: that is said, and no reason to throw the work away."""
+    if isinstance(tokenizer, (str, os.PathLike)):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            logger.warning("no tokenizer was written: none was found at %r (%s)", str(tokenizer), str(error).splitlines()[0])
+            return
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(directory)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from awq_hf import affine
 from awq_hf.affine import Grid, choose_grid, fake_quantize
+from awq_hf.blocks import linears_of
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stats import Moments, output_energy, output_error
 from awq_hf.calibration.stream import Call, PausedForwards, capture_inputs
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
 from awq_hf.folding.probe import verify
-from awq_hf.preflight import linears_of
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.rounding import ROUNDERS
@@ -101,7 +101,9 @@ class BlockWork:
         """Search the scales of every fold, and divide the norms by them. Linears take their share when they are rounded."""
         for fold in self.folds:
             producer = self.block.get_submodule(fold.producer)
-            weights = [self.linears[name].weight.data.to(torch.float32) for name in fold.consumers]
+            weights = [self.linears[name].weight.data.to(torch.float32) for name in fold.consumers if self._is_target(name)]
+            if not weights:
+                continue
             channels = len(weight_of(producer))
             assert self.recipe.scale is not None
             with self.report.timed("scale search"):

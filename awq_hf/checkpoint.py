@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from awq_hf.blocks import find_blocks
 from awq_hf.kernels.layout import GEMM, layout_for, words_per_row
 from awq_hf.linear import AwqLinear
 from awq_hf.spec import QuantSpec
@@ -45,9 +46,9 @@ def convert_modules(model: nn.Module, headers: dict[str, TensorInfo], spec: Quan
             f"checkpoint version {version!r} with {spec.bits} bits cannot be read; versions that can: "
             f"{GEMM!r} (4 bits) and {layout_for(8)!r} (2, 3 and 8 bits)"
         )
-    owners = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
-    if not owners:
+    if not any(name.endswith(".qweight") for name in headers):
         raise ValueError("config.json says AWQ, but no tensor of the checkpoint is named *.qweight: it is not quantized")
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in headers if name.endswith((".qweight", ".qzeros"))))
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     converted = []
     for owner in owners:
@@ -58,7 +59,19 @@ def convert_modules(model: nn.Module, headers: dict[str, TensorInfo], spec: Quan
         awq.scales = nn.Parameter(awq.scales.to(_DTYPES[headers[f"{owner}.scales"].dtype]), requires_grad=False)
         model.set_submodule(name, awq)
         converted.append(name)
+    _check_others(model, headers)
     return converted
+
+
+def _check_others(model: nn.Module, headers: dict[str, TensorInfo]) -> None:
+    """Raise ValueError when the checkpoint has neither a .weight nor a .qweight for a Linear of the blocks: it would stay random."""
+    prefix, _ = find_blocks(model)
+    base = getattr(model, "base_model_prefix", "")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(f"{prefix}."):
+            aliases = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
+            if not any(f"{alias}.weight" in headers for alias in aliases):
+                raise ValueError(f"the checkpoint has neither {name}.qweight nor {name}.weight: a layer of the model is missing")
 
 
 def _resolve(owner: str, linears: dict[str, nn.Linear], model: nn.Module) -> str:
@@ -71,7 +84,10 @@ def _resolve(owner: str, linears: dict[str, nn.Linear], model: nn.Module) -> str
 
 
 def _check(owner: str, linear: nn.Linear, headers: dict[str, TensorInfo], spec: QuantSpec) -> None:
-    groups = linear.in_features // spec.group_width(linear.in_features)
+    try:
+        groups = linear.in_features // spec.group_width(linear.in_features)
+    except ValueError as error:
+        raise ValueError(f"{owner} does not fit the checkpoint's quantization_config: {error}") from None
     words = words_per_row(linear.out_features, spec.bits)
     expected = {
         "qweight": ((linear.in_features, words), ("I32",)),

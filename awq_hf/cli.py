@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
-errors = Console(stderr=True)
 debug = False
 
 Model = Annotated[str, typer.Argument(help="A directory or a Hub id.")]
@@ -27,6 +28,32 @@ GroupSize = Annotated[int, typer.Option(help="Input channels that share a scale:
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32; auto keeps the checkpoint's.")]
 Device = Annotated[str | None, typer.Option(help='"cpu", "cuda", "cuda:1"; default: cuda if there is one.')]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that ends an error with one sentence and status 1 (130 when interrupted); with --debug, with its traceback."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing was written", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if debug or isinstance(error, typer.Exit):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.callback()
@@ -42,6 +69,7 @@ def _options(debug_: Annotated[bool, typer.Option("--debug", help="Show the trac
     epilog="Examples:\n\n`awq-hf quantize meta-llama/Llama-3.2-1B ./llama-awq`\n\n"
     "`awq-hf quantize ./my-model ./my-model-awq --bits 3 --calibration notes.txt`"
 )
+@command
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
@@ -50,7 +78,7 @@ def quantize(
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text file; default: the embedded multi-domain text.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; default: 512, or as many as the model takes.")] = None,
     rounding: Annotated[str, typer.Option(help="nearest, gptq, or descent (the best).")] = "descent",
     skip: Annotated[list[str] | None, typer.Option(help="Leave Linears whose name contains this in float. Repeatable.")] = None,
     device: Device = None,
@@ -72,16 +100,17 @@ def quantize(
         rounding=rounding,
         seed=seed,
     )
-    result: Any = awq_hf.quantize(model, config, output_dir=out, dtype=dtype, device_map=_device(device))
+    result: Any = awq_hf.quantize(model, config, output_dir=out, dtype=_dtype(dtype), device_map=_device(device))
     if as_json:
         typer.echo(json.dumps(result.awq_report.to_dict()))
         return
-    console.print(result.awq_report.summary(), highlight=False)
-    console.print(f"\nWritten to [bold]{out}[/] (what happened to every layer: {out / 'report.json'}). Next:", highlight=False)
-    console.print(f"  awq-hf eval {out} --reference {model} --text SOME_TEXT_FILE", highlight=False)
+    say(result.awq_report.summary())
+    say(f"\nWritten to {out}; {out / 'report.json'} says what happened to every layer. Next, measure it:\n")
+    say(f"  awq-hf eval {out} --reference {model} --text SOME_TEXT_FILE")
 
 
 @app.command(epilog="Example:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B --text book.txt`")
+@command
 def eval(
     model: Model,
     text: Annotated[Path, typer.Option(help="UTF-8 text file that calibration did not see.")],
@@ -98,7 +127,7 @@ def eval(
     import awq_hf
     from awq_hf.compat import progress_bar
 
-    load = lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=_device(device))  # noqa: E731
+    load = lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype), device_map=_device(device))  # noqa: E731
     result = awq_hf.evaluate(
         load(model),
         None if reference is None else load(reference),
@@ -123,6 +152,7 @@ def _agreement(kl: float | None, top1: float | None) -> tuple[str, str]:
 
 
 @app.command()
+@command
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the quantized model; must not exist or be empty.")] = Path("awq-hf-demo"),
     bits: Bits = 4,
@@ -137,18 +167,18 @@ def demo(
 def _device(device: str | None) -> str:
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {chosen}: torch finds no CUDA device here; use --device cpu")
+    return chosen
+
+
+def _dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def main() -> None:
-    """Entry point: one sentence for what the user can mend, a traceback for everything else or with --debug."""
-    try:
-        app()
-    except (ValueError, OSError, TypeError) as error:
-        if debug:
-            raise
-        errors.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing was written", highlight=False)
-        raise SystemExit(1) from None
+    """Entry point of the console script."""
+    app()

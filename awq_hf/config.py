@@ -19,13 +19,17 @@ _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version",
 _STORED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
 
 
+SEQ_LEN = 512
+
+
 class AwqConfig(TransformersAwqConfig):
     """Options for quantizing inside from_pretrained, and the description of a quantized checkpoint.
 
     bits: 2, 3, 4 or 8; group_size: 16, 32, 64, 128, 256, or -1 for one group a row; zero_point: False for symmetric grids.
     modules_to_not_convert: Linears whose name contains one of these strings stay in float.
     calibration: None for the text that comes with the package, the path of a UTF-8 text file, a list of strings, or a
-        list of 1-D tensors of token ids. samples windows of seq_len tokens are drawn from it with seed.
+        list of 1-D tensors of token ids. samples windows of seq_len tokens (None: 512, or as many as the model takes) are drawn
+        from it with seed.
     tokenizer: a tokenizer, where the one beside the model is not the right one (or there is none).
     scale, clip, rounding, correction, stream: the parts of the method, see awq_hf.recipe.Recipe.
 
@@ -42,7 +46,7 @@ class AwqConfig(TransformersAwqConfig):
         *,
         calibration: Calibration = None,
         samples: int = 128,
-        seq_len: int = 512,
+        seq_len: int | None = None,
         seed: int = 0,
         batch_size: int = 8,
         scale: bool = True,
@@ -76,8 +80,10 @@ class AwqConfig(TransformersAwqConfig):
     def spec(self) -> QuantSpec:
         return QuantSpec(bits=self.bits, group_size=self.group_size, symmetric=not self.zero_point)
 
-    def recipe(self) -> Recipe:
-        """The same options as the pipeline takes them."""
+    def recipe(self, positions: int | None = None) -> Recipe:
+        """The same options as the pipeline takes them. positions: how many tokens the model takes at once, where that is known."""
+        if positions is not None and self.seq_len is not None and self.seq_len > positions:
+            raise ValueError(f"seq_len={self.seq_len} is longer than the {positions} positions of the model; give at most {positions}")
         return Recipe(
             spec=self.spec(),
             scale=ScaleOptions() if self.scale else None,
@@ -87,7 +93,7 @@ class AwqConfig(TransformersAwqConfig):
             correction=self.correction,
             skip=tuple(self.modules_to_not_convert or ()),
             samples=self.samples,
-            seq_len=self.seq_len,
+            seq_len=min(SEQ_LEN, positions or SEQ_LEN) if self.seq_len is None else self.seq_len,
             batch_size=self.batch_size,
             seed=self.seed,
         )
@@ -106,9 +112,9 @@ class AwqConfig(TransformersAwqConfig):
 
     @classmethod
     def coerce(cls, config: TransformersAwqConfig) -> AwqConfig:
-        """Transformers' own AwqConfig as ours; ours as it is."""
+        """Transformers' own AwqConfig as ours; of ours a copy, so that what a run adds to it does not reach the user's object."""
         if isinstance(config, cls):
-            return config
+            return copy.deepcopy(config)
         return cls(
             bits=config.bits,
             group_size=config.group_size,

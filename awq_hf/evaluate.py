@@ -62,7 +62,10 @@ def evaluate(
     """
     if texts is None:
         raise ValueError("texts is missing: give a text file, a list of strings or of token tensors that calibration did not see")
-    windows = load_windows(texts, tokenizer, seq_len)
+    windows = load_windows(texts, tokenizer, seq_len, role="evaluation")
+    for each in (model, reference):
+        if isinstance(each, nn.Module) and hasattr(each, "get_input_embeddings"):
+            windows.check_token_ids(each.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     if max_tokens is not None:
         count = max(1, max_tokens // seq_len)
         windows = Windows(windows.input_ids[:count], windows.lengths[:count], windows.source)

@@ -16,6 +16,7 @@ from awq_hf.config import AwqConfig
 from awq_hf.linear import AwqLinear
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import check_shapes
+from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 
 
@@ -28,6 +29,7 @@ class AwqHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(AwqConfig.coerce(quantization_config), **kwargs)
         self.windows: Windows | None = None
+        self.recipe: Recipe | None = None
 
     def update_device_map(self, device_map: Any) -> Any:
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
@@ -47,18 +49,13 @@ class AwqHfQuantizer(HfQuantizer):
 
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""
-        config, recipe = self.quantization_config, self.quantization_config.recipe()
+        config = self.quantization_config
+        recipe = self.recipe = config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
         check_shapes(model, recipe)
         with torch.device("cpu"):  # from_pretrained builds its model under the meta device
             windows = load_windows(config.calibration, self._tokenizer(model), recipe.seq_len)
             self.windows = windows.sample(recipe.samples, recipe.seed)
-        largest = int(windows.input_ids.max())
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        if largest >= vocabulary:
-            raise ValueError(
-                f"the calibration data holds token id {largest}, but the model's vocabulary has {vocabulary} entries: "
-                "the tokenizer is not this model's"
-            )
+        windows.check_token_ids(model.get_input_embeddings().weight.shape[0])
 
     def _tokenizer(self, model: Any) -> Any:
         config = self.quantization_config
@@ -82,16 +79,20 @@ class AwqHfQuantizer(HfQuantizer):
                 if isinstance(module, AwqLinear):
                     module.requires_grad_(False)  # the loader re-creates floating parameters with gradients
             return model
-        assert self.windows is not None
+        assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
-        report = quantize_model(model, self.quantization_config.recipe(), self.windows, compat.progress_bar)
+        report = quantize_model(model, self.recipe, self.windows, compat.progress_bar)
         self.quantization_config.modules_to_not_convert = _skip_list(self.quantization_config, report)
         model.awq_report = report
         compat.after_saving(model, lambda saved, directory: saved.awq_report.save(directory))
         return model
 
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # The base class takes config.dtype, which is a name after saving, and not the model's when it was cast in memory.
+        return super().dequantize(model, dtype=dtype or model.get_input_embeddings().weight.dtype)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        plain_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32  # a name after saving
+        plain_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         for name, module in list(model.named_modules()):
             if isinstance(module, AwqLinear):
                 model.set_submodule(name, _plain_linear(module, plain_dtype))
@@ -108,9 +109,9 @@ class AwqHfQuantizer(HfQuantizer):
 
 def _plain_linear(module: AwqLinear, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(module.dequantize(dtype))
     if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
+        linear.bias = nn.Parameter(module.bias.data.to(dtype))
     return linear
 
 

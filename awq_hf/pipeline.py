@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from awq_hf.block import BlockWork
+from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
-from awq_hf.calibration.stream import BlockStream, find_blocks
+from awq_hf.calibration.stream import BlockStream
 from awq_hf.linear import AwqLinear
-from awq_hf.preflight import check_shapes, check_weights_present, targets
+from awq_hf.preflight import check_shapes, check_weights_present, left_in_float
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 
@@ -34,11 +35,12 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     check_weights_present(model)
     check_shapes(model, recipe)
     began, cpu_began = time.perf_counter(), time.process_time()
+    was_training = model.training
+    model.eval()
     prefix, blocks = find_blocks(model)
     batches = windows.batches(recipe.batch_size)
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
-    for name in _linears_left(model, recipe):
-        report.left_in_float[name] = "modules_to_not_convert" if recipe.skips(name) else "outside the decoder's blocks"
+    report.left_in_float.update(left_in_float(model, recipe))
     probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
     probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
     quantized_stream = float_stream.fork()
@@ -59,6 +61,7 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
             _replace(blocks[index], work)
         if progress:
             bar.set_postfix_str(work.loss_line())
+    model.train(was_training)
     _close(report, began, cpu_began, model)
     return report
 
@@ -66,11 +69,6 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
 def _replace(block: nn.Module, work: BlockWork) -> None:
     for name, weight in work.quantized.items():
         block.set_submodule(name, AwqLinear.from_quantized(weight, work.linears[name].bias))
-
-
-def _linears_left(model: nn.Module, recipe: Recipe) -> Iterable[str]:
-    taken = targets(model, recipe)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in taken]
 
 
 def _describe(windows: Windows) -> dict[str, Any]:

@@ -6,15 +6,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from awq_hf.calibration.stream import find_blocks
+from awq_hf.blocks import find_blocks, linears_of
 from awq_hf.kernels.layout import column_multiple
 from awq_hf.recipe import Recipe
 from awq_hf.spec import GROUP_SIZES, QuantSpec
 
-
-def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
-    """The Linears of a block, by their name in it. Subclasses are left out: their forward may be anything."""
-    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+OUTSIDE = "outside the decoder's blocks"
 
 
 def targets(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
@@ -24,11 +21,31 @@ def targets(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in named.items() if not recipe.skips(name)}
 
 
+def left_in_float(model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """Modules that hold matrices and will not be quantized, and why: other Linears, and what is no Linear inside the blocks."""
+    taken, (prefix, _) = targets(model, recipe), find_blocks(model)
+    left = {}
+    for name, module in model.named_modules():
+        if name in taken:
+            continue
+        if recipe.skips(name) and isinstance(module, nn.Linear):
+            left[name] = "modules_to_not_convert"
+        elif isinstance(module, nn.Linear) and not name.startswith(f"{prefix}."):
+            left[name] = OUTSIDE
+        elif name.startswith(f"{prefix}.") and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+            left[name] = f"{type(module).__name__} is not a plain Linear"
+    return left
+
+
 def check_shapes(model: nn.Module, recipe: Recipe) -> None:
     """Raise ValueError naming every Linear that cannot be stored, the sizes that would work, and how to leave it in float."""
     found = targets(model, recipe)
     if not found:
-        raise ValueError("no Linear of this model is left to quantize; shorten modules_to_not_convert")
+        left = left_in_float(model, recipe)
+        if "modules_to_not_convert" in left.values():
+            raise ValueError(f"no Linear of {type(model).__name__} is left to quantize; shorten modules_to_not_convert")
+        reasons = sorted(set(left.values()) - {OUTSIDE}) or ["they hold no matrices"]
+        raise ValueError(f"{type(model).__name__} has no Linear to quantize in its blocks: {', '.join(reasons)}")
     bad = {name: reason for name, linear in found.items() if (reason := _misfit(linear, recipe.spec))}
     if bad:
         works = [g for g in GROUP_SIZES if all(QuantSpec(recipe.spec.bits, g).divides(lin.in_features) for lin in found.values())]

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from awq_hf.preflight import linears_of
+from awq_hf.blocks import linears_of
 from awq_hf.spec import BITS, GROUP_SIZES
 from benchmarks.common import Subject, publish, quiet
 

@@ -102,13 +102,14 @@ def test_calibration_on_strings_and_on_their_tokens_is_the_same(demo_dir: Path, 
 
 def test_calibration_uses_every_token_whatever_the_lengths(tiny_llama: Callable[..., Any], tokens: list[Tensor]) -> None:
     config = AwqConfig(group_size=32, calibration=tokens, samples=100, seq_len=50)
-    said = awq_hf.quantize(tiny_llama(), config).awq_report.calibration  # type: ignore[attr-defined]
+    model: Any = awq_hf.quantize(tiny_llama(), config)
+    said = model.awq_report.calibration
     assert said["tokens"] == sum(len(sample) for sample in tokens) and said["windows"] == 10
 
 
 @pytest.mark.parametrize("shape", [(20,), (3, 20), (1, 2)])
 def test_calibration_on_one_tensor(shape: tuple[int, ...], tiny_llama: Callable[..., Any], prompt: Tensor) -> None:
-    calibration = torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(0))
+    calibration: Any = torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(0))
     model: Any = awq_hf.quantize(tiny_llama(), AwqConfig(group_size=32, calibration=calibration, samples=4, seq_len=16))
     assert model.awq_report.calibration["tokens"] == calibration.numel() and torch.isfinite(model(prompt).logits).all()
 
@@ -134,10 +135,10 @@ def test_calibration_that_is_none(calibration: Any, demo_dir: Path) -> None:
 def test_writes_a_whole_directory(demo_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     config = AwqConfig.plain_rounding(calibration=demo_dir / "calibration.txt", samples=2, seq_len=32)
     (tmp_path / "out").mkdir()  # empty: fine
-    model = awq_hf.quantize(demo_dir / "model", config, output_dir=tmp_path / "out")
+    model: Any = awq_hf.quantize(demo_dir / "model", config, output_dir=tmp_path / "out")
     assert files_in(tmp_path / "out") == WRITTEN and files_in(tmp_path) == ["out"]
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(model.awq_report.to_dict()))  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(model.awq_report.to_dict()))
     prompt = tokenizer("The state of our Union", return_tensors="pt")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(**prompt).logits, model(**prompt).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Union").input_ids == tokenizer("Union").input_ids

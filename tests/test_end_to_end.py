@@ -22,7 +22,7 @@ Measure = Callable[[Any, int], float]
 @pytest.fixture(scope="module")
 def divergence(demo_dir: Path) -> Measure:
     """divergence(config, tokens): KL to the original of the model quantized so."""
-    original = AutoModelForCausalLM.from_pretrained(demo_dir / "model")
+    original = AutoModelForCausalLM.from_pretrained(demo_dir / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_dir / "model")
 
     def measure(model: Any, tokens: int) -> float:
@@ -35,11 +35,11 @@ def divergence(demo_dir: Path) -> Measure:
 
 @pytest.fixture(scope="module")
 def quantize(demo_dir: Path) -> Callable[..., Any]:
-    """quantize(make_config, **options): the demonstration model, quantized."""
+    """quantize(make_config, **options): the demonstration model, quantized in float32: bfloat16 adds noise that hides 8 bits."""
 
     def run(make_config: Callable[..., Any] = AwqConfig, **options: Any) -> Any:
         config = make_config(calibration=demo_dir / "calibration.txt", **{"seq_len": SEQ_LEN, **options})
-        return AutoModelForCausalLM.from_pretrained(demo_dir / "model", quantization_config=config)
+        return AutoModelForCausalLM.from_pretrained(demo_dir / "model", quantization_config=config, dtype=torch.float32)
 
     return run
 
@@ -51,7 +51,7 @@ def losses_above_plain_rounding(model: Any) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("bits, share", [(4, 0.55), (3, 0.5)])
 def test_share_of_plain_roundings_divergence(bits: int, share: float, quantize: Callable[..., Any], divergence: Measure) -> None:
     model, plain = quantize(bits=bits, samples=32), quantize(AwqConfig.plain_rounding, bits=bits, samples=2)
-    assert divergence(model, 20_480) <= share * divergence(plain, 20_480)
+    assert divergence(model, 10_240) <= share * divergence(plain, 10_240)
     assert losses_above_plain_rounding(model) == {}
     assert model.awq_report.loss_ratio() < 0.75
 
@@ -86,7 +86,7 @@ def test_few_and_short_samples_do_no_harm(quantize: Callable[..., Any]) -> None:
 
 
 def test_same_seed_same_bytes(quantize: Callable[..., Any], tmp_path: Path) -> None:
-    files = []
+    files: list[bytes] = []
     for name, seed in (("one", 5), ("two", 5), ("three", 6)):
         torch.manual_seed(len(files))  # the global generator has no say
         quantize(samples=4, seq_len=64, seed=seed, modules_to_not_convert=INNER_BLOCKS).save_pretrained(tmp_path / name)

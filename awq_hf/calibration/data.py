@@ -51,6 +51,15 @@ class Windows:
             digest.update(row[: int(length)].numpy().tobytes() + b"|")
         return digest.hexdigest()
 
+    def check_token_ids(self, vocabulary: int) -> None:
+        """Raise ValueError when a token id is not in a vocabulary of this size."""
+        low, high = int(self.input_ids.min()), int(self.input_ids.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"{self.source} holds token id {low if low < 0 else high}, but the model's vocabulary has {vocabulary} entries: "
+                "the tokenizer is not this model's"
+            )
+
     def sample(self, count: int, seed: int) -> Windows:
         """`count` windows in an order drawn with `seed`; all of them when there are fewer."""
         order = torch.randperm(len(self.input_ids), generator=torch.Generator().manual_seed(seed))[:count]
@@ -71,8 +80,8 @@ class Windows:
         return Batch(ids, None if bool(mask.all()) else mask, held_out)
 
 
-def load_windows(calibration: Any, tokenizer: Any, seq_len: int) -> Windows:
-    """All windows of `seq_len` tokens that the calibration data yields.
+def load_windows(calibration: Any, tokenizer: Any, seq_len: int, role: str = "calibration") -> Windows:
+    """All windows of `seq_len` tokens that the data yields; `role` is what messages call it.
 
     calibration: None for the embedded texts, the path of a UTF-8 text file, a list of strings, or a list of 1-D
     integer tensors. Documents are cut into windows; what is left of one is packed together with the next, and only the
@@ -83,19 +92,19 @@ def load_windows(calibration: Any, tokenizer: Any, seq_len: int) -> Windows:
     if calibration is not None and not isinstance(calibration, (str, os.PathLike)):
         samples = list(calibration)
         if samples and all(isinstance(s, Tensor) for s in samples):
-            return _pack([_checked_tokens(s) for s in samples], seq_len, f"{len(samples)} token tensors")
+            return _pack([_checked_tokens(s, role) for s in samples], seq_len, f"{len(samples)} token tensors")
         if not all(isinstance(s, str) for s in samples):
             kinds = sorted({type(s).__name__ for s in samples})
-            raise ValueError(f"calibration is a list of {', '.join(kinds)}; give strings, or 1-D integer tensors of token ids")
+            raise ValueError(f"{role} is a list of {', '.join(kinds)}; give strings, or 1-D integer tensors of token ids")
         texts, source = samples, f"{len(samples)} texts"
     elif calibration is None:
         texts, source = embedded_texts(), "embedded multi-domain text"
     else:
-        texts, source = [_read_text(Path(calibration))], Path(calibration).name
+        texts, source = [_read_text(Path(calibration), role)], Path(calibration).name
     if not any(t.strip() for t in texts):
-        raise ValueError(f"calibration ({source}) holds no text; give prose like the model's input, some 10,000 words")
+        raise ValueError(f"{role} ({source}) holds no text; give prose like the model's input, some 10,000 words")
     if tokenizer is None:
-        raise ValueError("calibration texts need a tokenizer: pass tokenizer=..., or calibration as a list of token tensors")
+        raise ValueError(f"{role} texts need a tokenizer: pass tokenizer=..., or the {role} as a list of token tensors")
     return _pack([_tokenize(t, tokenizer) for t in texts if t.strip()], seq_len, source)
 
 
@@ -111,13 +120,13 @@ def embedded_texts() -> list[str]:
     return [text for _, _, text in sorted(placed)]
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, role: str) -> str:
     if not path.is_file():
-        raise ValueError(f"calibration file {str(path)!r} does not exist; give the path of a UTF-8 text file, or a list of strings")
+        raise ValueError(f"{role} file {str(path)!r} does not exist; give the path of a UTF-8 text file, or a list of strings")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"calibration file {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{role} file {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -125,11 +134,9 @@ def _tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _checked_tokens(sample: Tensor) -> Tensor:
+def _checked_tokens(sample: Tensor, role: str) -> Tensor:
     if sample.ndim != 1 or sample.is_floating_point():
-        raise ValueError(
-            f"a calibration tensor has shape {tuple(sample.shape)} and dtype {sample.dtype}; give 1-D integer tensors of token ids"
-        )
+        raise ValueError(f"a {role} tensor has shape {tuple(sample.shape)} and dtype {sample.dtype}; give 1-D integer tensors of token ids")
     return sample.to(torch.int64).cpu()
 
 
@@ -139,7 +146,7 @@ def _pack(documents: list[Tensor], seq_len: int, source: str) -> Windows:
         raise ValueError(f"seq_len={seq_len} is too short; windows need at least 2 tokens")
     tokens = torch.cat(documents) if documents else torch.empty(0, dtype=torch.int64)
     if len(tokens) < 2:
-        raise ValueError(f"calibration ({source}) holds {len(tokens)} tokens; at least 2 are needed, and some 10,000 to do well")
+        raise ValueError(f"{source} holds {len(tokens)} tokens; at least 2 are needed, and some 10,000 to do well")
     count = -(-len(tokens) // seq_len)
     padded = torch.zeros(count * seq_len, dtype=torch.int64)
     padded[: len(tokens)] = tokens

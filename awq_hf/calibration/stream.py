@@ -25,17 +25,6 @@ class _Stop(Exception):
     """Ends a forward whose remaining part is not needed."""
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's list of blocks and its name in the model: the ModuleList with most parameters below `get_decoder()`."""
-    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to quantize one after the other")
-    blocks = max(lists, key=size)
-    return next(name for name, module in model.named_modules() if module is blocks), blocks
-
-
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     had = module.__dict__.get("forward")  # accelerate keeps its own forward there

@@ -18,9 +18,10 @@ from awq_hf.spec import QuantSpec
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """shrinks: factors tried for each end of a group's range, besides 1."""
+    """shrinks: factors tried for both ends of a group's range; adjustments: factors then tried for each end alone."""
 
     shrinks: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
+    adjustments: tuple[float, ...] = (0.7, 0.8, 0.9, 1.1, 1.25, 1.4)
 
 
 def search_clip(weight: Tensor, H: Tensor, spec: QuantSpec, options: ClipOptions) -> Grid:  # noqa: N803
@@ -29,12 +30,14 @@ def search_clip(weight: Tensor, H: Tensor, spec: QuantSpec, options: ClipOptions
     low = high = torch.ones(weight.shape[0], groups, device=weight.device)
     blocks = diagonal_blocks(H, groups)
     best = group_loss(weight, choose_grid(weight, spec), blocks)
-    # First both ends together, then each alone from there: 3 n candidates find what n^2 would.
-    for ends in ((True, True), (True, False), (False, True)) if not spec.symmetric else ((False, True),):
+    stages = [(True, True, options.shrinks)]
+    if not spec.symmetric:  # from there each end alone, inwards and outwards: 2 n + m candidates find what n^2 would
+        stages += [(True, False, options.adjustments), (False, True, options.adjustments)]
+    for move_low, move_high, factors in stages:
         start_low, start_high = low, high
-        for shrink in options.shrinks:
-            trial_low = start_low * shrink if ends[0] else start_low
-            trial_high = start_high * shrink if ends[1] else start_high
+        for factor in factors:
+            trial_low = (start_low * factor).clamp(max=1) if move_low else start_low
+            trial_high = (start_high * factor).clamp(max=1) if move_high else start_high
             loss = group_loss(weight, choose_grid(weight, spec, trial_low, trial_high), blocks)
             better = loss < best
             best = torch.where(better, loss, best)

@@ -1,0 +1,1 @@
+"""Model cards, made from report.json and measurements."""

@@ -1,0 +1,157 @@
+"""Packaging: what sdist and wheel hold, that they agree, and that what is installed from them works and hides nobody's `kernels`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "exporters", "model_cards")  # beside awq_hf, and linked into it
+SOURCES = ("LICENSE", "README.md", "pyproject.toml", "awq_hf", *FOLDERS)
+
+
+def python(*arguments: object, cwd: Path, path: Path | None = None) -> str:
+    env = {**os.environ, "PYTHONPATH": str(path or ""), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=cwd, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources as a fresh clone has them: links as links, no caches, and no empty folders, which git does not keep."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        else:
+            shutil.copy(ROOT / name, copy)
+    for folder in FOLDERS:
+        if not any((copy / folder).iterdir()):
+            (copy / folder).rmdir()
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    python("-m", "build", "--no-isolation", "--outdir", out, ".", cwd=checkout)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the wheel was installed into."""
+    target = tmp_path_factory.mktemp("installed")
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=target)
+    return target
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+def expected_files() -> set[str]:
+    """Every source and data file of the package, by its name in the wheel."""
+    files: set[str] = {"awq_hf/py.typed"}
+    for folder in (ROOT / "awq_hf", *(ROOT / "awq_hf" / name for name in FOLDERS)):
+        files |= {path.relative_to(ROOT).as_posix() for path in folder.rglob("*.py")}
+    files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "awq_hf" / "data").rglob("*") if path.is_file()}
+    return {name for name in files if "__pycache__" not in name}
+
+
+def test_every_linked_folder_holds_a_file() -> None:
+    """Git keeps no empty folders: without a file in it, a link points nowhere in a fresh clone and nothing can be built."""
+    for name in FOLDERS:
+        link = ROOT / "awq_hf" / name
+        assert link.is_symlink() and link.readlink() == Path("..", name)
+        assert any(path.is_file() and "__pycache__" not in path.parts for path in (ROOT / name).rglob("*")), f"{name}/ is empty"
+        assert not (ROOT / name / "__init__.py").exists(), "it would be importable as a package of that bare name from here"
+
+
+def test_every_package_is_listed() -> None:
+    (table,) = re.findall(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    listed = re.findall(r'"(.*?)"', table)
+    folders = {path.rsplit("/", 1)[0].replace("/", ".") for path in expected_files() if path.endswith(".py") and "/data/" not in path}
+    assert folders <= set(listed), "a folder with modules is missing from [tool.setuptools] packages"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = names_in(wheel)
+    assert {name.split("/")[0] for name in names} == {"awq_hf", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    assert {name for name in names if name.startswith("awq_hf/")} == expected_files()
+    for name in ("kernels/layout.py", "kernels/ops.py", "kernels/reference.py", "py.typed", "data/calibration/prose_en.txt"):
+        assert f"awq_hf/{name}" in names
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert f"awq_hf/data/demo/model/{name}" in names
+
+
+def test_the_wheel_from_the_sdist_is_the_wheel_from_the_checkout(wheel: Path, checkout: Path, tmp_path: Path) -> None:
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ".", cwd=checkout)
+    (direct,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(direct) as one, zipfile.ZipFile(wheel) as other:
+        assert names_in(direct) == names_in(wheel)
+        assert all(one.read(name) == other.read(name) for name in names_in(wheel) if name.startswith("awq_hf/"))
+
+
+def test_the_sdist_holds_files_in_place_of_links(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        members = {member.name.split("/", 1)[1]: member for member in archive.getmembers() if "/" in member.name}
+    assert all(member.isfile() or member.isdir() for member in members.values())
+    assert expected_files() | {"LICENSE", "README.md", "pyproject.toml"} <= members.keys()
+
+
+def test_the_wheel_says_what_it_needs_and_starts(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (archive.read(n).decode() for n in names_in(wheel) if n.endswith("METADATA"))
+        (scripts,) = (archive.read(n).decode() for n in names_in(wheel) if n.endswith("entry_points.txt"))
+    assert "Requires-Dist: transformers<6,>=5.21" in metadata and "License-Expression: Apache-2.0" in metadata
+    assert "awq-hf = awq_hf.cli:main" in scripts
+
+
+def test_installed_it_finds_its_modules_and_data(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import awq_hf, pathlib, sys\n"
+        "from awq_hf import cli, demo\n"
+        "from awq_hf.kernels import layout\n"
+        "from awq_hf.calibration.data import embedded_texts\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "files = [awq_hf.__file__, layout.__file__, demo.MODEL / 'model.safetensors', demo.EVALUATION]\n"
+        "print(all(pathlib.Path(f).is_relative_to(here) and pathlib.Path(f).is_file() for f in files), len(embedded_texts()) > 20)\n"
+        "print(awq_hf.__version__)\n"
+    )
+    assert python("-c", code, installed, cwd=tmp_path, path=installed).split() == ["True", "True", metadata.version("awq-hf")]
+
+
+def test_no_bare_names_are_importable(installed: Path, tmp_path: Path) -> None:
+    """`kernels` is the import name of a Hugging Face package that transformers looks for."""
+    code = f"import importlib.util, awq_hf; print(*(n for n in {FOLDERS} if (s := importlib.util.find_spec(n)) and not s.origin))"
+    assert python("-c", code, cwd=tmp_path, path=installed) == ""
+    assert python("-c", code, cwd=tmp_path) == ""  # and of the environment that runs these tests
+
+
+def test_transformers_works_from_the_repository_root() -> None:
+    """There the folder `kernels` is on sys.path; without an __init__.py it does not pass for the package of that name."""
+    code = "from transformers import LlamaForCausalLM; from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    if not any(distribution.name == "kernels" for distribution in metadata.distributions()):
+        assert python("-c", code, cwd=ROOT) == "False"
+    else:
+        python("-c", code, cwd=ROOT)
