@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -13,6 +12,7 @@ from awq_hf import compat
 from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.checkpoint import convert_modules, read_headers
 from awq_hf.config import AwqConfig
+from awq_hf.exporters.dense import make_dense
 from awq_hf.linear import AwqLinear
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import check_shapes
@@ -92,10 +92,7 @@ class AwqHfQuantizer(HfQuantizer):
         return super().dequantize(model, dtype=dtype or model.get_input_embeddings().weight.dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        plain_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        for name, module in list(model.named_modules()):
-            if isinstance(module, AwqLinear):
-                model.set_submodule(name, _plain_linear(module, plain_dtype))
+        make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
         compat.forget_after_saving(model)
         return model
 
@@ -105,14 +102,6 @@ class AwqHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _plain_linear(module: AwqLinear, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(module.dequantize(dtype))
-    if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.data.to(dtype))
-    return linear
 
 
 def _skip_list(config: AwqConfig, report: Report) -> list[str] | None:

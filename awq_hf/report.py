@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from awq_hf.model_cards.summary import loss_ratio, summarize
+
 REPORT_NAME = "report.json"
 
 
@@ -57,19 +59,6 @@ class Report:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
-    @property
-    def fallbacks(self) -> list[LayerReport]:
-        return [layer for layer in self.layers if layer.fallback]
-
-    @property
-    def not_folded(self) -> list[LayerReport]:
-        return [layer for layer in self.layers if layer.fold is None]
-
-    def loss_ratio(self) -> float:
-        """Mean over layers of loss / plain rounding's loss."""
-        ratios = [layer.loss / layer.loss_plain for layer in self.layers if layer.loss_plain > 0]
-        return sum(ratios) / len(ratios) if ratios else 1.0
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -80,20 +69,10 @@ class Report:
         partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return partial.replace(path)
 
+    def loss_ratio(self) -> float:
+        """Mean over layers of loss / plain rounding's loss."""
+        return loss_ratio(self.to_dict()["layers"])
+
     def summary(self) -> str:
         """A few lines for a person."""
-        bits, tokens = self.recipe["spec"]["bits"], self.calibration["tokens"]
-        lines = [
-            f"{len(self.layers)} layers quantized to {bits} bits in {self.seconds.get('total', 0):.1f} s, "
-            f"calibrated on {tokens:,} tokens ({self.calibration['source']}).",
-            f"Output error of a layer on held-out calibration text: {self.loss_ratio():.0%} of plain rounding's on average.",
-        ]
-        if self.recipe["scale"] is not None:
-            line = f"Smoothing scales help {sum(layer.alpha > 0 for layer in self.layers)} of {len(self.layers)} layers"
-            lines.append(line + (f"; {len(self.not_folded)} have no place to fold them." if self.not_folded else "."))
-        if self.fallbacks:
-            lines.append(f"{len(self.fallbacks)} layers fell back to simpler rounding, since the held-out text asked for it:")
-            lines += [f"  {layer.name}: {layer.fallback}" for layer in self.fallbacks]
-        if self.left_in_float:
-            lines.append(f"Left in float: {', '.join(self.left_in_float)}.")
-        return "\n".join(lines)
+        return summarize(self.to_dict())

@@ -30,6 +30,7 @@ class Subject:
     calibration: torch.Tensor
     evaluation: torch.Tensor
     seq_len: int = 256
+    dtype: str = "auto"
 
     @classmethod
     def packaged(cls) -> Subject:
@@ -46,7 +47,7 @@ class Subject:
         return cls(source.name, source, tokens[:calibration_tokens], tokens[calibration_tokens:])
 
     def load(self, config: AwqConfig | None = None) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.source, quantization_config=config)
+        return AutoModelForCausalLM.from_pretrained(self.source, quantization_config=config, dtype=self.dtype)
 
     def config(self, plain: bool = False, **changes: Any) -> AwqConfig:
         options: dict[str, Any] = dict(calibration=[self.calibration], samples=64, seq_len=self.seq_len) | changes

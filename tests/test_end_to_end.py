@@ -63,7 +63,7 @@ def test_never_above_plain_rounding(
     bits: int, group_size: int, zero_point: bool, quantize: Callable[..., Any], divergence: Measure
 ) -> None:
     options = dict(bits=bits, group_size=group_size, zero_point=zero_point, modules_to_not_convert=INNER_BLOCKS)
-    model, plain = quantize(**options, samples=8), quantize(AwqConfig.plain_rounding, **options, samples=1, seq_len=32)
+    model, plain = quantize(**options, samples=16), quantize(AwqConfig.plain_rounding, **options, samples=1, seq_len=32)
     assert divergence(model, 4096) <= divergence(plain, 4096)
     assert losses_above_plain_rounding(model) == {}
 
@@ -73,8 +73,9 @@ def test_never_above_plain_rounding(
 def test_parts_of_the_method_are_no_worse_than_plain_rounding(
     rounding: str, stream: str, quantize: Callable[..., Any], divergence: Measure
 ) -> None:
-    model = quantize(bits=3, samples=8, rounding=rounding, stream=stream)
-    assert divergence(model, 4096) <= divergence(quantize(AwqConfig.plain_rounding, bits=3, samples=1, seq_len=32), 4096)
+    options = dict(bits=3, modules_to_not_convert=INNER_BLOCKS)
+    model = quantize(**options, samples=16, rounding=rounding, stream=stream)
+    assert divergence(model, 4096) <= divergence(quantize(AwqConfig.plain_rounding, **options, samples=1, seq_len=32), 4096)
     assert losses_above_plain_rounding(model) == {}
 
 

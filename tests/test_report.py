@@ -31,11 +31,6 @@ def test_loss_ratio_is_the_mean_over_layers_that_lose_anything(report: Report) -
     assert Report({}, {}).loss_ratio() == 1.0
 
 
-def test_lists_of_layers(report: Report) -> None:
-    assert [found.name for found in report.fallbacks] == ["c"]
-    assert [found.name for found in report.not_folded] == ["b"]
-
-
 def test_file_holds_everything_and_nothing_is_left_beside_it(report: Report, tmp_path: Path) -> None:
     path = report.save(tmp_path)
     assert [found.name for found in tmp_path.iterdir()] == ["report.json"] and path == tmp_path / "report.json"

@@ -92,7 +92,7 @@ def load_windows(calibration: Any, tokenizer: Any, seq_len: int, role: str = "ca
     if calibration is not None and not isinstance(calibration, (str, os.PathLike)):
         samples = list(calibration)
         if samples and all(isinstance(s, Tensor) for s in samples):
-            return _pack([_checked_tokens(s, role) for s in samples], seq_len, f"{len(samples)} token tensors")
+            return _pack([_checked_tokens(s, role) for s in samples], seq_len, f"{len(samples)} token tensors", role)
         if not all(isinstance(s, str) for s in samples):
             kinds = sorted({type(s).__name__ for s in samples})
             raise ValueError(f"{role} is a list of {', '.join(kinds)}; give strings, or 1-D integer tensors of token ids")
@@ -105,7 +105,7 @@ def load_windows(calibration: Any, tokenizer: Any, seq_len: int, role: str = "ca
         raise ValueError(f"{role} ({source}) holds no text; give prose like the model's input, some 10,000 words")
     if tokenizer is None:
         raise ValueError(f"{role} texts need a tokenizer: pass tokenizer=..., or the {role} as a list of token tensors")
-    return _pack([_tokenize(t, tokenizer) for t in texts if t.strip()], seq_len, source)
+    return _pack([_tokenize(t, tokenizer) for t in texts if t.strip()], seq_len, source, role)
 
 
 def embedded_texts() -> list[str]:
@@ -140,13 +140,13 @@ def _checked_tokens(sample: Tensor, role: str) -> Tensor:
     return sample.to(torch.int64).cpu()
 
 
-def _pack(documents: list[Tensor], seq_len: int, source: str) -> Windows:
+def _pack(documents: list[Tensor], seq_len: int, source: str, role: str) -> Windows:
     """One row of tokens, cut every `seq_len`: long documents are cut, short ones share a window, nothing is dropped."""
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} is too short; windows need at least 2 tokens")
     tokens = torch.cat(documents) if documents else torch.empty(0, dtype=torch.int64)
     if len(tokens) < 2:
-        raise ValueError(f"{source} holds {len(tokens)} tokens; at least 2 are needed, and some 10,000 to do well")
+        raise ValueError(f"{role} ({source}) holds {len(tokens)} tokens; at least 2 are needed, and some 10,000 to do well")
     count = -(-len(tokens) // seq_len)
     padded = torch.zeros(count * seq_len, dtype=torch.int64)
     padded[: len(tokens)] = tokens

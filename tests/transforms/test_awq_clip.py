@@ -74,7 +74,7 @@ def test_an_outlier_nobody_reads_is_cut_off_at_its_end_only(outlier: float, clip
     low, high = (-grid.zero_points * grid.scales).item(), ((7 - grid.zero_points) * grid.scales).item()
     kept, cut = (low, high) if clipped_end == "high" else (-high, -low)
     assert cut < 0.75 * 6, "the outlier's end moved in ..."
-    assert -kept / 2 > 1.2 * cut / 6, "... further than the end where every weight counts"
+    assert -kept / 2 > 1.1 * cut / 6, "... further than the end where every weight counts"
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -90,6 +90,6 @@ def test_groups_of_zeros_have_a_grid(symmetric: bool) -> None:
 def test_no_shrinks_is_no_clipping() -> None:
     torch.manual_seed(0)
     weight = torch.randn(4, 32)
-    found = search_clip(weight, statistic(32), QuantSpec(4, 16), ClipOptions(shrinks=()))
+    found = search_clip(weight, statistic(32), QuantSpec(4, 16), ClipOptions(shrinks=(), adjustments=()))
     plain = choose_grid(weight, QuantSpec(4, 16))
     assert torch.equal(found.scales, plain.scales) and torch.equal(found.zero_points, plain.zero_points)

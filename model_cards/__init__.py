@@ -1,1 +1,0 @@
-"""Model cards, made from report.json and measurements."""
