@@ -130,6 +130,9 @@ class AwqConfig(TransformersAwqConfig):
     def get_loading_attributes(self) -> dict[str, Any]:
         return {}
 
+    def __repr__(self) -> str:
+        return f"AwqConfig({', '.join(f'{key}={getattr(self, key)!r}' for key in _STORED)})"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> AwqConfig:
         # transformers copies the model's config several times; calibration data and tokenizers are shared, not copied.
         copied = copy.copy(self)

@@ -17,7 +17,7 @@ from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stream import BlockStream
 from awq_hf.linear import AwqLinear
-from awq_hf.preflight import check_shapes, check_weights_present, left_in_float
+from awq_hf.preflight import check_shapes, check_weights, left_in_float
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 
@@ -32,15 +32,24 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     windows: calibration windows, already sampled. Raises ValueError before any work when a layer's shape does not fit, or
     weights are not in memory.
     """
-    check_weights_present(model)
     check_shapes(model, recipe)
+    check_weights(model, recipe)
     began, cpu_began = time.perf_counter(), time.process_time()
-    was_training = model.training
-    model.eval()
-    prefix, blocks = find_blocks(model)
-    batches = windows.batches(recipe.batch_size)
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
     report.left_in_float.update(left_in_float(model, recipe))
+    was_training = model.training
+    model.eval()
+    try:
+        _quantize_blocks(model, recipe, windows, report, progress)
+    finally:
+        model.train(was_training)
+    _close(report, began, cpu_began, model)
+    return report
+
+
+def _quantize_blocks(model: nn.Module, recipe: Recipe, windows: Windows, report: Report, progress: Progress | None) -> None:
+    prefix, blocks = find_blocks(model)
+    batches = windows.batches(recipe.batch_size)
     probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
     probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
     quantized_stream = float_stream.fork()
@@ -61,9 +70,6 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
             _replace(blocks[index], work)
         if progress:
             bar.set_postfix_str(work.loss_line())
-    model.train(was_training)
-    _close(report, began, cpu_began, model)
-    return report
 
 
 def _replace(block: nn.Module, work: BlockWork) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from awq_hf.blocks import find_blocks, linears_of
@@ -73,11 +74,14 @@ def _misfit(linear: nn.Linear, spec: QuantSpec) -> str | None:
     return None
 
 
-def check_weights_present(model: nn.Module) -> None:
-    """Raise ValueError when weights were not loaded (disk offload leaves them on the meta device)."""
+def check_weights(model: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError when weights were not loaded (disk offload leaves them on the meta device) or are not finite."""
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(
             f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
             'load on one device, e.g. device_map="cpu" or device_map=0'
         )
+    for name, linear in targets(model, recipe).items():
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise ValueError(f"{name}.weight holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from awq_hf.preflight import check_shapes, check_weights_present, linears_of, targets
+from awq_hf.blocks import linears_of
+from awq_hf.preflight import check_shapes, check_weights, targets
 from awq_hf.recipe import Recipe
 from awq_hf.spec import QuantSpec
 
@@ -96,7 +97,17 @@ def test_nothing_left_to_quantize_is_refused() -> None:
 
 def test_weights_that_were_not_loaded_are_refused_by_name() -> None:
     model = model_of(block())
-    check_weights_present(model)
+    check_weights(model, recipe())
     model.layers[0].attn.q_proj.to("meta")  # type: ignore[index, union-attr]
     with pytest.raises(ValueError, match=r"2 weights are not in memory \(the first is layers.0.attn.q_proj.weight\).*device_map"):
-        check_weights_present(model)
+        check_weights(model, recipe())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    model = model_of(block(), block())
+    linear = model.get_submodule("layers.1.mlp.0")
+    linear.get_parameter("weight").data[3, 5] = value
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.0\.weight holds NaN or infinity"):
+        check_weights(model, recipe())
+    check_weights(model, recipe(skip=("layers.1.mlp.0",)))
