@@ -17,6 +17,7 @@ from torch import Tensor
 
 from awq_hf.affine import MAX_SCALE, MIN_SCALE, Grid, dequantize
 from awq_hf.rounding.gptq import BLOCK, damped, round_by_gptq
+from awq_hf.rounding.threads import one_thread_if_small
 
 SWEEPS = 3
 
@@ -60,9 +61,10 @@ def _move_codes(Q: Tensor, s: Tensor, z: Tensor, H: Tensor, R: Tensor, block: sl
     r = R[block].clone()
     steps = torch.empty_like(Q)  # change of the dequantized weight
     inverse_diagonal = 1 / inner.diagonal()
-    for j in range(len(Q)):
-        moved = torch.clamp((Q[j] - r[j] * inverse_diagonal[j] / s).round_(), 0, max_code)
-        torch.mul(moved - Q[j], s, out=steps[j])
-        Q[j] = moved
-        r[j + 1 :].addr_(inner[j, j + 1 :], steps[j])
+    with one_thread_if_small(Q):
+        for j in range(len(Q)):
+            moved = torch.clamp((Q[j] - r[j] * inverse_diagonal[j] / s).round_(), 0, max_code)
+            torch.mul(moved - Q[j], s, out=steps[j])
+            Q[j] = moved
+            r[j + 1 :].addr_(inner[j, j + 1 :], steps[j])
     R.addmm_(H.T, steps)

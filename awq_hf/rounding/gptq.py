@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.affine import Grid
+from awq_hf.rounding.threads import one_thread_if_small
 
 DAMP = 0.01  # of mean(diag H), added to the diagonal
 BLOCK = 128  # columns between two updates of the rest of the matrix
@@ -60,9 +61,10 @@ def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, Grid]:
 def _round_block(W: Tensor, Q: Tensor, scales: Tensor, zero_points: Tensor, U: Tensor, grid: Grid) -> Tensor:  # noqa: N803
     """Round the columns of one block in place (all [columns, out]); returns their errors [columns, out]."""
     errors = torch.empty_like(W)
-    for j in range(len(W)):
-        s, z = scales[j], zero_points[j]
-        torch.clamp((W[j] / s).round_().add_(z), 0, grid.spec.max_code, out=Q[j])
-        torch.div(W[j] - (Q[j] - z) * s, U[j, j], out=errors[j])
-        W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+    with one_thread_if_small(W):
+        for j in range(len(W)):
+            s, z = scales[j], zero_points[j]
+            torch.clamp((W[j] / s).round_().add_(z), 0, grid.spec.max_code, out=Q[j])
+            torch.div(W[j] - (Q[j] - z) * s, U[j, j], out=errors[j])
+            W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
     return errors
