@@ -12,7 +12,7 @@ from awq_hf import affine
 from awq_hf.affine import Grid, choose_grid, fake_quantize
 from awq_hf.blocks import linears_of
 from awq_hf.calibration.data import Batch
-from awq_hf.calibration.stats import Moments, output_energy, output_error
+from awq_hf.calibration.stats import Moments, OutputError, output_energy
 from awq_hf.calibration.stream import Call, PausedForwards, capture_inputs
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
@@ -200,12 +200,16 @@ class BlockWork:
         row = 0
         for name, weight, strength in zip(names, weights, strengths, strict=True):
             rows = slice(row, row := row + len(weight))
-            layer = self._layer_report(name, weight, held, failure)
-            layer.clip = float((start_grid.scales[rows] / plain_grid.scales[rows]).mean())
-            layer.correction = strength
-            self._keep_best(name, layer, weight, (codes[rows], grid.rows(rows)), H, held)
+            with self.report.timed("held-out check"):
+                error_of = OutputError(weight, held)
+                layer = self._layer_report(name, weight, error_of, held, failure)
+                layer.clip = float((start_grid.scales[rows] / plain_grid.scales[rows]).mean())
+                layer.correction = strength
+                self._keep_best(name, layer, weight, (codes[rows], grid.rows(rows)), H, error_of)
 
-    def _layer_report(self, name: str, weight: Tensor, held: Moments, failure: str | None) -> LayerReport:
+    def _layer_report(
+        self, name: str, weight: Tensor, error_of: OutputError, held: Moments, failure: str | None
+    ) -> LayerReport:  # fmt: skip
         original = self.linears[name].weight.data.to(torch.float32)
         plain = self._with_folds(name, fake_quantize(original, choose_grid(original, self.recipe.spec)))
         choice = self.choices.get(name)
@@ -219,22 +223,22 @@ class BlockWork:
             clip=1.0,
             correction=0.0,
             rounding="nearest" if failure else self.recipe.rounding,
-            loss_plain=float(output_error(weight, plain, held).sum()) / max(energy, 1e-30),
+            loss_plain=float(error_of(plain).sum()) / max(energy, 1e-30),
             loss=energy,  # until a candidate is chosen: the yardstick
             fallback=failure,
         )
 
     def _keep_best(
-        self, name: str, layer: LayerReport, weight: Tensor, found: Candidate, H: Tensor, held: Moments  # noqa: N803
+        self, name: str, layer: LayerReport, weight: Tensor, found: Candidate, H: Tensor, error_of: OutputError  # noqa: N803
     ) -> None:  # fmt: skip
         """Store `found`, unless plain rounding is better on the held-out slice: then simpler roundings take over, row by row."""
         energy = max(layer.loss, 1e-30)
-        errors = _row_errors(weight, found, held)
+        errors = error_of(affine.dequantize(*found))
         layer.loss = float(errors.sum()) / energy
         if layer.loss > layer.loss_plain:
             lost = f"{layer.rounding} lost to plain rounding on the held-out slice ({layer.loss:.3g} against {layer.loss_plain:.3g})"
             for candidate in self._simpler(weight, H):
-                better = (rows := _row_errors(weight, candidate, held)) < errors
+                better = (rows := error_of(affine.dequantize(*candidate))) < errors
                 found, errors = _merged(better, candidate, found), torch.minimum(rows, errors)
             layer.loss, layer.rounding, layer.fallback = float(errors.sum()) / energy, "the best of each row", lost
         linear = self.linears[name]
@@ -256,10 +260,6 @@ class BlockWork:
         """For the progress bar: the block's mean loss against plain rounding's."""
         ours, plain = (sum(getattr(layer, key) for layer in self.layers.values()) for key in ("loss", "loss_plain"))
         return f"loss {ours / max(len(self.layers), 1):.2e}, plain rounding {plain / max(len(self.layers), 1):.2e}"
-
-
-def _row_errors(weight: Tensor, candidate: Candidate, held: Moments) -> Tensor:
-    return output_error(weight, affine.dequantize(*candidate), held)
 
 
 def _merged(take: Tensor, a: Candidate, b: Candidate) -> Candidate:

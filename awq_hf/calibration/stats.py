@@ -64,15 +64,30 @@ def _accumulate(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a.T @ b if total is None else total.addmm_(a.T, b)
 
 
+class OutputError:
+    """E|W' x - W x0|^2 of every output channel for many W' of one W: what they share is computed once.
+
+    weight: W, float32 [out, in].
+    """
+
+    def __init__(self, weight: Tensor, moments: Moments) -> None:
+        self.weight, self.H = weight, moments.H
+        P, R = moments.P, moments.R  # noqa: N806
+        self.cross = None if P is None else weight @ P  # [out, in]; tr(D P^T W^T) = sum(D * (W P))
+        self.constant = None if R is None else ((weight @ R) * weight).sum(1)  # [out]
+
+    def __call__(self, changed: Tensor) -> Tensor:
+        """changed: W', float32 [out, in] -> float32 [out]."""
+        d = changed - self.weight
+        error = ((d @ self.H) * d).sum(1)
+        if self.cross is not None:
+            error = error + 2 * (d * self.cross).sum(1)
+        return error if self.constant is None else error + self.constant
+
+
 def output_error(weight: Tensor, changed: Tensor, moments: Moments) -> Tensor:
     """E|changed x - weight x0|^2 of every output channel: [out, in], [out, in] -> float32 [out]."""
-    d = changed - weight
-    error = ((d @ moments.H) * d).sum(1)
-    if moments.P is not None:
-        error = error + 2 * ((d @ moments.P.T) * weight).sum(1)
-    if moments.R is not None:
-        error = error + ((weight @ moments.R) * weight).sum(1)
-    return error
+    return OutputError(weight, moments)(changed)
 
 
 def output_energy(weight: Tensor, moments: Moments) -> Tensor:
