@@ -28,7 +28,7 @@ PROMPT = "The state of our Union"
 INTRODUCTION = """\
 A Llama with 2.6 million parameters comes with this package. It was trained on
 presidential addresses, Genesis and Shakespeare. Now it is quantized to {bits} bits,
-which takes what it takes for any model:
+by the two lines that do it for any model:
 
   config = AwqConfig(bits={bits}, group_size={group_size})
   AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
@@ -39,8 +39,9 @@ is better. Same top-1: how often the most likely next token is the same one.
 awq-hf leaves {share:.0%} of the divergence that plain rounding causes.
 """
 FAREWELL = """
-Files are in {out}: config.json and model.safetensors in AutoAWQ's format, the
-tokenizer, and {report}, which says what happened to every layer. Next:
+Files are in {out}:
+config.json and model.safetensors in AutoAWQ's format, the tokenizer, and
+{report}, which says what happened to every layer. Next, a model of yours:
 
   awq-hf quantize MODEL OUT
 """
