@@ -71,6 +71,11 @@ class BlockWork:
         outputs = []
         for batch, call in zip(self.batches, calls, strict=True):
             inputs, output = capture_inputs(self.block, call, leaders)
+            if missing := [name for name in leaders if name not in inputs]:
+                raise ValueError(
+                    f"{self.name}.{missing[0]} does not run on every calibration window; layers that run conditionally cannot be quantized "
+                    f"yet: modules_to_not_convert=[{missing[0]!r}] leaves it in float"
+                )
             for name in leaders:
                 self.float_inputs[name].append(batch.real_tokens(inputs[name]))
             outputs.append(output)
