@@ -12,11 +12,13 @@ from awq_hf import affine
 from awq_hf.affine import Grid, choose_grid, fake_quantize
 from awq_hf.blocks import linears_of
 from awq_hf.calibration.data import Batch
+from awq_hf.calibration.paused import PausedForwards
 from awq_hf.calibration.stats import Moments, OutputError, output_energy
-from awq_hf.calibration.stream import Call, PausedForwards, capture_inputs
+from awq_hf.calibration.stream import Call, capture_inputs
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
 from awq_hf.folding.probe import verify
+from awq_hf.parallel import in_parallel
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.rounding import ROUNDERS
@@ -68,18 +70,16 @@ class BlockWork:
         """Run the float block on every batch and keep the inputs of its Linears; returns the block's outputs."""
         leaders = [group[0] for group in self.groups]
         self.float_inputs = {name: [] for name in leaders}
-        outputs = []
-        for batch, call in zip(self.batches, calls, strict=True):
-            inputs, output = capture_inputs(self.block, call, leaders)
+        captured = capture_inputs(self.block, calls, leaders)
+        for batch, (inputs, _) in zip(self.batches, captured, strict=True):
             if missing := [name for name in leaders if name not in inputs]:
                 raise ValueError(
                     f"{self.name}.{missing[0]} does not run on every calibration window; layers that run conditionally cannot be quantized "
                     f"yet: modules_to_not_convert=[{missing[0]!r}] leaves it in float"
                 )
             for name in leaders:
-                self.float_inputs[name].append(batch.real_tokens(inputs[name]))
-            outputs.append(output)
-        return outputs
+                self.float_inputs[name].append(batch.real_tokens(inputs.pop(name)))
+        return [output for _, output in captured]
 
     def _float_moments(self, leader: str) -> tuple[Moments, Moments]:
         """Moments of the float stream's input: (for the search, of the held-out slice)."""
@@ -90,12 +90,16 @@ class BlockWork:
 
     def _energies(self, leader: str) -> tuple[Tensor, Tensor]:
         """E[x^2] of each channel of the float stream's input, [in]: (for the search, of the held-out slice)."""
-        split: dict[bool, list[Tensor]] = {False: [], True: []}
-        for batch, x in zip(self.batches, self.float_inputs[leader], strict=True):
-            split[batch.held_out].append(x)
-        mean = lambda xs: sum(x.float().square().sum(0) for x in xs) / sum(len(x) for x in xs)  # noqa: E731
-        train = mean(split[False])
-        return train, mean(split[True]) if split[True] else train
+        xs = self.float_inputs[leader]
+        sums = in_parallel(lambda x: x.to(torch.float32).square().sum(0), xs)
+
+        def mean(held_out: bool) -> Tensor | None:
+            of = [i for i, batch in enumerate(self.batches) if batch.held_out is held_out]
+            return torch.stack([sums[i] for i in of]).sum(0) / sum(len(xs[i]) for i in of) if of else None
+
+        train, held = mean(False), mean(True)
+        assert train is not None
+        return train, train if held is None else held
 
     def _leader(self, name: str) -> str:
         return next(group[0] for group in self.groups if name in group)

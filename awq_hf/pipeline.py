@@ -17,6 +17,7 @@ from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stream import BlockStream
 from awq_hf.linear import AwqLinear
+from awq_hf.parallel import one_thread_each
 from awq_hf.preflight import check_shapes, check_weights, left_in_float
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
@@ -40,7 +41,8 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     was_training = model.training
     model.eval()
     try:
-        _quantize_blocks(model, recipe, windows, report, progress)
+        with one_thread_each():
+            _quantize_blocks(model, recipe, windows, report, progress)
     finally:
         model.train(was_training)
     _close(report, began, cpu_began, model)

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awq_hf.parallel import by_rows, in_parallel, row_pieces
+
+ROWS_OF_MOMENTS = 256  # of [in, in] that one thread sums at a time
+
 
 @dataclass
 class Moments:
@@ -61,7 +65,10 @@ class Moments:
 
 
 def _accumulate(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a.T @ b if total is None else total.addmm_(a.T, b)
+    """total + a^T b, [in, in], in place."""
+    total = a.new_zeros(a.shape[1], b.shape[1]) if total is None else total
+    in_parallel(lambda rows: total[rows].addmm_(a[:, rows].T, b), row_pieces(total, ROWS_OF_MOMENTS))
+    return total
 
 
 class OutputError:
@@ -73,15 +80,18 @@ class OutputError:
     def __init__(self, weight: Tensor, moments: Moments) -> None:
         self.weight, self.H = weight, moments.H
         P, R = moments.P, moments.R  # noqa: N806
-        self.cross = None if P is None else weight @ P  # [out, in]; tr(D P^T W^T) = sum(D * (W P))
-        self.constant = None if R is None else ((weight @ R) * weight).sum(1)  # [out]
+        self.cross = None if P is None else by_rows(lambda rows: weight[rows] @ P, weight)  # [out, in]; tr(D P^T W^T) = sum(D * (W P))
+        self.constant = None if R is None else by_rows(lambda rows: ((weight[rows] @ R) * weight[rows]).sum(1), weight)  # [out]
 
     def __call__(self, changed: Tensor) -> Tensor:
         """changed: W', float32 [out, in] -> float32 [out]."""
-        d = changed - self.weight
-        error = ((d @ self.H) * d).sum(1)
-        if self.cross is not None:
-            error = error + 2 * (d * self.cross).sum(1)
+
+        def piece(rows: slice) -> Tensor:
+            d = changed[rows] - self.weight[rows]
+            error = ((d @ self.H) * d).sum(1)
+            return error if self.cross is None else error + 2 * (d * self.cross[rows]).sum(1)
+
+        error: Tensor = by_rows(piece, changed)
         return error if self.constant is None else error + self.constant
 
 
@@ -92,4 +102,5 @@ def output_error(weight: Tensor, changed: Tensor, moments: Moments) -> Tensor:
 
 def output_energy(weight: Tensor, moments: Moments) -> Tensor:
     """E|weight x|^2 of every output channel: float32 [out]. The yardstick of a relative error."""
-    return ((weight @ moments.H) * weight).sum(1)
+    H = moments.H  # noqa: N806
+    return by_rows(lambda rows: ((weight[rows] @ H) * weight[rows]).sum(1), weight)

@@ -7,16 +7,17 @@ between blocks are thus the model's own code, exact for every architecture.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import greenlet
 import torch
 from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch
+from awq_hf.parallel import in_parallel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -77,14 +78,13 @@ class BlockStream:
                 self.model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
         return recorded[0]
 
-    @torch.no_grad()
     def advance(self, index: int, calls: Sequence[Call]) -> None:
         """Run block `index` on its calls and keep what it returns."""
-        self.outputs = [self.blocks[index](*args, **kwargs) for args, kwargs in calls]
+        self.outputs = in_parallel(lambda call: self.blocks[index](*call[0], **call[1]), calls)
 
 
 @contextmanager
-def _hooks(block: nn.Module, names: Sequence[str], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+def input_hooks(block: nn.Module, names: Sequence[str], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call seen(name, input [tokens, in]) whenever one of the named Linears is about to run."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -101,59 +101,14 @@ def _hooks(block: nn.Module, names: Sequence[str], seen: Callable[[str, Tensor],
             handle.remove()
 
 
-@torch.no_grad()
-def capture_inputs(block: nn.Module, call: Call, names: Sequence[str]) -> tuple[dict[str, Tensor], Any]:
-    """The inputs of the named Linears during one call, [tokens, in] each, and what the block returned."""
-    inputs: dict[str, Tensor] = {}
-    with _hooks(block, names, inputs.__setitem__):
+def capture_inputs(block: nn.Module, calls: Sequence[Call], names: Sequence[str]) -> list[tuple[dict[str, Tensor], Any]]:
+    """For each call: the inputs of the named Linears, [tokens, in] each, and what the block returned."""
+    current = threading.local()  # calls run side by side and share the hooks
+
+    def one(call: Call) -> tuple[dict[str, Tensor], Any]:
+        current.inputs = {}
         output = block(*call[0], **call[1])
-    return inputs, output
+        return current.inputs, output
 
-
-class PausedForwards:
-    """The calls of one block, each stopped at the input of every named Linear, so that it can be quantized before it runs.
-
-    Later Linears thus see what the quantized ones before them put out, and every call is computed once. Each call is a
-    greenlet: a function that can be left in the middle and gone on with. Use as a context manager, for the hooks.
-    """
-
-    def __init__(self, block: nn.Module, calls: Sequence[Call], names: Sequence[str]) -> None:
-        self._block, self._names = block, names
-        self._main = greenlet.getcurrent()
-        self._forwards = [greenlet.greenlet(lambda args=args, kwargs=kwargs: block(*args, **kwargs)) for args, kwargs in calls]
-        self._reached: list[Any] = [None] * len(calls)  # (name, input) where the call is paused, or what it returned
-
-    def __enter__(self) -> PausedForwards:
-        self._context = ExitStack()
-        self._context.enter_context(torch.no_grad())
-        self._context.enter_context(_hooks(self._block, self._names, lambda name, x: self._main.switch((name, x))))
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for forward in self._forwards:
-            if not forward.dead:
-                forward.throw()  # ends it
-        self._context.close()
-
-    def inputs(self, name: str) -> Iterator[Tensor | None]:
-        """The input [tokens, in] of the Linear `name` in every call; None where a call does not run it.
-
-        Linears are asked for in the order in which they run.
-        """
-        for i, forward in enumerate(self._forwards):
-            if not forward.dead:
-                self._reached[i] = forward.switch()
-            yield None if forward.dead else self._at(i, name)
-
-    def _at(self, i: int, name: str) -> Tensor:
-        reached, x = self._reached[i]
-        if reached != name:
-            raise RuntimeError(f"{reached} ran where {name} was expected: the block's order of execution changes between calls")
-        return x
-
-    def outputs(self) -> list[Any]:
-        """Let every call run to its end; what the block returned for each."""
-        for i, forward in enumerate(self._forwards):
-            while not forward.dead:
-                self._reached[i] = forward.switch()
-        return self._reached
+    with input_hooks(block, names, lambda name, x: current.inputs.__setitem__(name, x)):
+        return in_parallel(one, calls)

@@ -2,7 +2,7 @@
 
 The output error of a row, f = (w' - w) H (w' - w)^T with w' = (q - z) s, is a parabola in every single code and in every
 scale, so each is moved to its best value while the others stay (QuantEase, arXiv 2309.01885, does so for the codes). With
-R = (w' - w) H kept up to date,
+R = (w' - w) H,
 
     code:   w'_j -> round(w'_j - R_j / H_jj)          scale:   s_g -> s_g - (R_g u_g) / (u_g H_gg u_g),   u = q - z
 
@@ -16,55 +16,67 @@ import torch
 from torch import Tensor
 
 from awq_hf.affine import MAX_SCALE, MIN_SCALE, Grid, dequantize
-from awq_hf.rounding.gptq import BLOCK, damped, round_by_gptq
-from awq_hf.rounding.threads import one_thread_if_small
+from awq_hf.parallel import by_rows
+from awq_hf.rounding.gptq import BLOCK, Prepared, round_rows
 
 SWEEPS = 3
 
 
 def round_by_descent(weight: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS) -> tuple[Tensor, Grid]:  # noqa: N803
     """Codes float32 [out, in] of weight [out, in], and the grid with refitted scales, given H [in, in]."""
-    codes, grid = round_by_gptq(weight, grid, H)
-    H = damped(H)  # noqa: N806
-    R = ((dequantize(codes, grid) - weight) @ H).T.contiguous()  # noqa: N806  [in, out]
+    prepared = Prepared.of(H)
+
+    def piece(rows: slice) -> tuple[Tensor, Tensor]:
+        codes = round_rows(weight[rows], grid.rows(rows), prepared)
+        return _descend(weight[rows], codes, grid.rows(rows), prepared.H, sweeps)
+
+    codes, scales = by_rows(piece, weight)
+    return codes, Grid(scales, grid.zero_points, grid.spec)
+
+
+def _descend(weight: Tensor, codes: Tensor, grid: Grid, H: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:  # noqa: N803
+    """Codes [out, in] and scales [out, groups] after at most `sweeps` passes over all columns."""
+    D = (dequantize(codes, grid) - weight).T.contiguous()  # noqa: N806  [in, out]: w' - w
     Q, scales, zero_points = codes.T.contiguous(), grid.scales.T.clone(), grid.zero_points.T.contiguous()  # noqa: N806
     width = len(Q) // len(scales)
     for _ in range(sweeps):
         before = Q.clone()
         for g in range(len(scales)):
             group = slice(g * width, (g + 1) * width)
-            _refit_scale(Q[group], scales[g], zero_points[g], H[group], R, group)
-            for start in range(group.start, group.stop, BLOCK):
-                block = slice(start, min(start + BLOCK, group.stop))
-                _move_codes(Q[block], scales[g], zero_points[g], H[block], R, block, grid.spec.max_code)
+            R = H[group] @ D  # noqa: N806  [width, out]: only the group's own part is needed while it is worked on
+            _refit_scale(Q[group], scales[g], zero_points[g], H[group, group], R, D[group])
+            for start in range(0, width, BLOCK):
+                block = slice(start, min(start + BLOCK, width))
+                _move_codes(Q[group][block], scales[g], H[group, group][block], R, D[group][block], block, grid.spec.max_code)
         if torch.equal(before, Q):
             break
-    return Q.T.contiguous(), Grid(scales.T.contiguous(), grid.zero_points, grid.spec)
+    return Q.T.contiguous(), scales.T.contiguous()
 
 
-def _refit_scale(Q: Tensor, s: Tensor, z: Tensor, H: Tensor, R: Tensor, group: slice) -> None:  # noqa: N803
-    """Move one group's scales [out] to their best, in place, and update R [in, out]. Q: [width, out]; H: [width, in]."""
+def _refit_scale(Q: Tensor, s: Tensor, z: Tensor, H: Tensor, R: Tensor, D: Tensor) -> None:  # noqa: N803
+    """Move one group's scales s [out] to their best, in place, with R and D. Q, R, D: [width, out]; H: [width, width]."""
     u = Q - z
-    uH = H.T @ u  # noqa: N806  [in, out]
-    curvature = (uH[group] * u).sum(0)  # u H_gg u^T of every row
-    slope = (R[group] * u).sum(0)
+    uH = H @ u  # noqa: N806  [width, out]
+    curvature = (uH * u).sum(0)  # u H_gg u^T of every row
+    slope = (R * u).sum(0)
     moved = (s - slope / curvature.clamp(min=1e-30)).clamp(MIN_SCALE, MAX_SCALE).half().float()
     step = moved - s
     step = torch.where(2 * step * slope + step * step * curvature < 0, step, 0.0)
     s += step
     R.addcmul_(uH, step)
+    D.addcmul_(u, step)
 
 
-def _move_codes(Q: Tensor, s: Tensor, z: Tensor, H: Tensor, R: Tensor, block: slice, max_code: int) -> None:  # noqa: N803
-    """Move the codes of some columns of one group, in place, and update R [in, out]. Q: [columns, out]; H: [columns, in]."""
+def _move_codes(Q: Tensor, s: Tensor, H: Tensor, R: Tensor, D: Tensor, block: slice, max_code: int) -> None:  # noqa: N803
+    """Move the codes of some columns of a group, in place, with R [width, out] and D. Q, D: [columns, out]; H: [columns, width]."""
     inner = H[:, block]  # [columns, columns]
     r = R[block].clone()
     steps = torch.empty_like(Q)  # change of the dequantized weight
     inverse_diagonal = 1 / inner.diagonal()
-    with one_thread_if_small(Q):
-        for j in range(len(Q)):
-            moved = torch.clamp((Q[j] - r[j] * inverse_diagonal[j] / s).round_(), 0, max_code)
-            torch.mul(moved - Q[j], s, out=steps[j])
-            Q[j] = moved
-            r[j + 1 :].addr_(inner[j, j + 1 :], steps[j])
+    for j in range(len(Q)):
+        moved = torch.clamp((Q[j] - r[j] * inverse_diagonal[j] / s).round_(), 0, max_code)
+        torch.mul(moved - Q[j], s, out=steps[j])
+        Q[j] = moved
+        r[j + 1 :].addr_(inner[j, j + 1 :], steps[j])
     R.addmm_(H.T, steps)
+    D.add_(steps)

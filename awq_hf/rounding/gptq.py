@@ -10,11 +10,13 @@ order leaves no trace in the result: no g_idx is needed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from awq_hf.affine import Grid
-from awq_hf.rounding.threads import one_thread_if_small
+from awq_hf.parallel import by_rows
 
 DAMP = 0.01  # of mean(diag H), added to the diagonal
 BLOCK = 128  # columns between two updates of the rest of the matrix
@@ -41,11 +43,30 @@ def inverse_factor(H: Tensor) -> Tensor:  # noqa: N803
     raise RoundingFailed("the second moment of the layer's input is not positive definite")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What the rows of a weight share. H: damped, [in, in]; order: columns by decreasing diag H; U: factor of H^-1 in that order."""
+
+    H: Tensor
+    order: Tensor
+    U: Tensor
+
+    @classmethod
+    def of(cls, H: Tensor) -> Prepared:  # noqa: N803
+        H = damped(H)  # noqa: N806
+        order = H.diagonal().argsort(descending=True, stable=True)
+        return cls(H, order, inverse_factor(H[order][:, order]))
+
+
 def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, Grid]:  # noqa: N803
     """Codes float32 [out, in] of weight [out, in] on `grid`, given H [in, in]. The grid is returned as it came."""
-    H = damped(H)  # noqa: N806
-    order = H.diagonal().argsort(descending=True, stable=True)
-    U = inverse_factor(H[order][:, order])  # noqa: N806
+    prepared = Prepared.of(H)
+    return by_rows(lambda rows: round_rows(weight[rows], grid.rows(rows), prepared), weight), grid
+
+
+def round_rows(weight: Tensor, grid: Grid, prepared: Prepared) -> Tensor:
+    """Codes float32 [out, in] of some rows: output channels are independent of each other."""
+    order, U = prepared.order, prepared.U  # noqa: N806
     scales, zero_points = (t[:, order].T.contiguous() for t in grid.expand(weight.shape[1]))  # [in, out]: columns are contiguous
     W = weight[:, order].T.contiguous()  # noqa: N806
     Q = torch.empty_like(W)  # noqa: N806
@@ -55,16 +76,15 @@ def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, Grid]:
         W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     codes = torch.empty_like(W)
     codes[order] = Q
-    return codes.T.contiguous(), grid
+    return codes.T.contiguous()
 
 
 def _round_block(W: Tensor, Q: Tensor, scales: Tensor, zero_points: Tensor, U: Tensor, grid: Grid) -> Tensor:  # noqa: N803
     """Round the columns of one block in place (all [columns, out]); returns their errors [columns, out]."""
     errors = torch.empty_like(W)
-    with one_thread_if_small(W):
-        for j in range(len(W)):
-            s, z = scales[j], zero_points[j]
-            torch.clamp((W[j] / s).round_().add_(z), 0, grid.spec.max_code, out=Q[j])
-            torch.div(W[j] - (Q[j] - z) * s, U[j, j], out=errors[j])
-            W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+    for j in range(len(W)):
+        s, z = scales[j], zero_points[j]
+        torch.clamp((W[j] / s).round_().add_(z), 0, grid.spec.max_code, out=Q[j])
+        torch.div(W[j] - (Q[j] - z) * s, U[j, j], out=errors[j])
+        W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
     return errors

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.affine import Grid, choose_grid, fake_quantize
+from awq_hf.parallel import by_rows
 from awq_hf.spec import QuantSpec
 
 
@@ -26,9 +27,14 @@ class ClipOptions:
 
 def search_clip(weight: Tensor, H: Tensor, spec: QuantSpec, options: ClipOptions) -> Grid:  # noqa: N803
     """The grid whose groups have the least loss each. weight: float32 [out, in]; H: float32 [in, in]."""
-    groups = weight.shape[1] // spec.group_width(weight.shape[1])
-    low = high = torch.ones(weight.shape[0], groups, device=weight.device)
-    blocks = diagonal_blocks(H, groups)
+    blocks = diagonal_blocks(H, weight.shape[1] // spec.group_width(weight.shape[1]))
+    scales, zero_points = by_rows(lambda rows: _search(weight[rows], blocks, spec, options), weight)
+    return Grid(scales, zero_points, spec)
+
+
+def _search(weight: Tensor, blocks: Tensor, spec: QuantSpec, options: ClipOptions) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [out, groups] for some rows. blocks: of H, [groups, width, width]."""
+    low = high = torch.ones(weight.shape[0], len(blocks), device=weight.device)
     best = group_loss(weight, choose_grid(weight, spec), blocks)
     stages = [(True, True, options.shrinks)]
     if not spec.symmetric:  # from there each end alone, inwards and outwards: 2 n + m candidates find what n^2 would
@@ -42,13 +48,14 @@ def search_clip(weight: Tensor, H: Tensor, spec: QuantSpec, options: ClipOptions
             better = loss < best
             best = torch.where(better, loss, best)
             low, high = torch.where(better, trial_low, low), torch.where(better, trial_high, high)
-    return choose_grid(weight, spec, low, high)
+    grid = choose_grid(weight, spec, low, high)
+    return grid.scales, grid.zero_points
 
 
 def diagonal_blocks(H: Tensor, groups: int) -> Tensor:  # noqa: N803
     """The blocks of H on its diagonal: [in, in] -> [groups, width, width]."""
     width = H.shape[0] // groups
-    return H.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return H.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def group_loss(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.affine import choose_grid, fake_quantize
+from awq_hf.parallel import in_parallel, row_pieces
 from awq_hf.spec import QuantSpec
 
 FLOOR = 1e-4  # of magnitudes and scales, relative to their mean: dead channels get a finite scale
@@ -55,29 +56,33 @@ def search_scales(
     weights: the consumers' float32 [out, in], sharing one input; channel_map: [in] -> producer channel; channels: producer
     channels; energy, held_energy: E[x^2] of the float input, [in]. loss_of overrides the loss of scales [in].
     """
-    loss_of = loss_of or (lambda s: nearest_loss(weights, s, energy, spec))
     one = torch.ones(channels, device=channel_map.device)
-    best = identity = ScaleChoice(one, 0.0, "identity", loss := loss_of(one[channel_map]), loss)
-    for family, alpha, scales in _candidates(weights, channel_map, channels, energy, options):
-        loss = loss_of(scales[channel_map])
-        if loss < best.loss:
-            best = ScaleChoice(scales, alpha, family, loss, identity.loss)
-    if best is identity:
-        return identity
-    held_loss, held_identity = (nearest_loss(weights, s[channel_map], held_energy, spec) for s in (best.scales, one))
+    candidates = list(_candidates(weights, channel_map, channels, energy, options))
+    scales = torch.stack([one, *(scales for _, _, scales in candidates)])[:, channel_map]  # [candidates, in]
+    identity_loss, *losses = nearest_losses(weights, scales, energy, spec) if loss_of is None else [loss_of(s) for s in scales]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    if losses[best] >= identity_loss:
+        return ScaleChoice(one, 0.0, "identity", identity_loss, identity_loss)
+    family, alpha, smoothing = candidates[best]
+    held_loss, held_identity = nearest_losses(weights, torch.stack([smoothing, one])[:, channel_map], held_energy, spec)
     if held_loss <= (1 - MARGIN) * held_identity:
-        return best
-    return ScaleChoice(one, 0.0, "identity (held-out slice)", identity.loss, identity.loss)
+        return ScaleChoice(smoothing, alpha, family, losses[best], identity_loss)
+    return ScaleChoice(one, 0.0, "identity (held-out slice)", identity_loss, identity_loss)
 
 
-def nearest_loss(weights: list[Tensor], scales: Tensor, energy: Tensor, spec: QuantSpec) -> float:
-    """Expected output error of plain rounding after smoothing by scales [in], summed over the consumers."""
-    error = 0.0
-    for weight in weights:
-        smoothed = weight * scales
-        d = fake_quantize(smoothed, choose_grid(smoothed, spec)).div_(scales).sub_(weight)
-        error += float((d.square_() @ energy).sum())
-    return error
+def nearest_losses(weights: list[Tensor], scales: Tensor, energy: Tensor, spec: QuantSpec) -> list[float]:
+    """Expected output error of plain rounding after smoothing by each of scales [candidates, in], summed over the consumers."""
+
+    def piece(rows: Tensor) -> Tensor:
+        errors = []
+        for s in scales:
+            smoothed = rows * s
+            d = fake_quantize(smoothed, choose_grid(smoothed, spec)).div_(s).sub_(rows)
+            errors.append((d.square_() @ energy).sum())
+        return torch.stack(errors)
+
+    pieces = [weight[rows] for weight in weights for rows in row_pieces(weight)]
+    return torch.stack(in_parallel(piece, pieces)).sum(0, dtype=torch.float64).tolist()  # [pieces, candidates] -> [candidates]
 
 
 def _candidates(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.calibration.stats import Moments
+from awq_hf.parallel import by_rows
 
 DAMP = 0.01
 
@@ -27,7 +28,8 @@ def corrected_target(weight: Tensor, train: Moments, held: Moments | None) -> tu
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed):
         return weight, 0.0
-    step = -torch.cholesky_solve((weight @ train.P).T, factor).T  # [out, in]
+    P = train.P  # noqa: N806
+    step = by_rows(lambda rows: -torch.cholesky_solve((weight[rows] @ P).T, factor).T, weight)  # [out, in]
     strength = 1.0 if held is None or held.P is None else _best_strength(weight, step, held)
     return weight + strength * step, strength
 
@@ -35,6 +37,7 @@ def corrected_target(weight: Tensor, train: Moments, held: Moments | None) -> tu
 def _best_strength(weight: Tensor, step: Tensor, held: Moments) -> float:
     """argmin over c in [0, 1] of E|(W + c step) x - W x0|^2 on the held-out slice: a parabola in c."""
     assert held.P is not None
-    curvature = float(((step @ held.H) * step).sum())
-    slope = float(((step @ held.P.T) * weight).sum())
+    H, P = held.H, held.P  # noqa: N806
+    terms = lambda rows: ((step[rows] @ H * step[rows]).sum(1), (step[rows] @ P.T * weight[rows]).sum(1))  # noqa: E731
+    curvature, slope = (float(each.sum(dtype=torch.float64)) for each in by_rows(terms, weight))
     return min(1.0, max(0.0, -slope / curvature)) if curvature > 0 else 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch, Windows
-from awq_hf.calibration.stream import BlockStream, PausedForwards, capture_inputs
+from awq_hf.calibration.stream import BlockStream, capture_inputs
 
 
 class Block(nn.Module):
@@ -128,54 +128,13 @@ def test_captured_inputs_are_flattened(model: Model) -> None:
     block = model.model.layers[1]
     assert isinstance(block, Block)
     hidden = torch.randn(2, 5, 8)
-    inputs, output = capture_inputs(block, ((hidden,), {"shift": torch.tensor(1.0)}), ["second", "first"])
+    ((inputs, output),) = capture_inputs(block, [((hidden,), {"shift": torch.tensor(1.0)})], ["second", "first"])
     assert torch.equal(inputs["first"], (hidden + 1).view(10, 8)) and inputs["second"].shape == (10, 12)
     assert torch.equal(output[0], block(hidden, shift=torch.tensor(1.0))[0])
     assert not block.first._forward_pre_hooks and not block.second._forward_pre_hooks
 
 
-def test_paused_forwards_see_the_weights_that_were_put_in_meanwhile(model: Model) -> None:
-    block = model.model.layers[1]
-    assert isinstance(block, Block)
-    hidden, shift = [torch.randn(2, 5, 8) for _ in range(3)], {"shift": torch.tensor(1.0)}
-    ran: list[str] = []
-    handle = block.first.register_forward_hook(lambda *_: ran.append("first"))
-    with PausedForwards(block, [((h,), shift) for h in hidden], ["first", "second"]) as forwards:
-        first = list(forwards.inputs("first"))
-        assert all(x is not None and torch.equal(x, (h + 1).view(10, 8)) for x, h in zip(first, hidden, strict=True)) and not ran
-        with torch.no_grad():
-            block.first.weight.mul_(2)
-        second = list(forwards.inputs("second"))
-        with torch.no_grad():
-            block.second.weight.mul_(3)
-        outputs = forwards.outputs()
-    assert len(ran) == 3, "every call is computed once"
-    handle.remove()
-    for h, x, output in zip(hidden, second, outputs, strict=True):
-        expected, whole = capture_inputs(block, ((h,), shift), ["second"])
-        assert x is not None and torch.equal(x, expected["second"]) and torch.equal(output[0], whole[0])
-    assert not block.first._forward_pre_hooks and not block.second._forward_pre_hooks
-
-
-def test_paused_forwards_end_with_an_error(model: Model) -> None:
-    block = model.model.layers[1]
-    calls = [((torch.randn(1, 2, 8),), {"shift": torch.tensor(0.0)}) for _ in range(2)]
-    with pytest.raises(KeyError), PausedForwards(block, calls, ["first", "second"]) as forwards:
-        next(forwards.inputs("first"))
-        raise KeyError
-    assert not any(linear._forward_pre_hooks for linear in block.modules())
-    with pytest.raises(RuntimeError, match="first ran where second was expected"), PausedForwards(block, calls, ["first"]) as forwards:
-        list(forwards.inputs("second"))
-
-
-def test_paused_forwards_skip_what_does_not_run(model: Model) -> None:
-    calls = [((torch.randn(1, 2, 8),), {"shift": torch.tensor(0.0)})]
-    with PausedForwards(model.model.layers[1], calls, ["unused"]) as forwards:
-        assert list(forwards.inputs("unused")) == [None]
-        assert len(forwards.outputs()) == 1
-
-
 def test_a_linear_that_does_not_run_has_no_input(model: Model) -> None:
     call = ((torch.randn(1, 3, 8),), {"shift": torch.tensor(0.0)})
-    inputs, output = capture_inputs(model.model.layers[0], call, ["first", "unused"])
+    ((inputs, output),) = capture_inputs(model.model.layers[0], [call], ["first", "unused"])
     assert list(inputs) == ["first"] and output is not None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from awq_hf.affine import choose_grid, fake_quantize
 from awq_hf.spec import QuantSpec
-from awq_hf.transforms.awq_scale import ScaleOptions, nearest_loss, search_scales
+from awq_hf.transforms.awq_scale import ScaleOptions, nearest_losses, search_scales
 
 SPEC = QuantSpec(3, 16)
 IDENTITY = torch.arange(32)
@@ -48,7 +48,7 @@ def test_nearest_loss_is_the_mean_squared_output_error_where_channels_are_uncorr
         changed = fake_quantize(weight * scales, choose_grid(weight * scales, SPEC)).double() / scales.double()
         direct += ((x.double() @ (changed - weight.double()).T) ** 2).sum(1).mean().item()
     before = [weight.clone() for weight in weights]
-    assert nearest_loss(weights, scales, energy(x), SPEC) == pytest.approx(direct, rel=1e-5)
+    assert nearest_losses(weights, scales[None], energy(x), SPEC)[0] == pytest.approx(direct, rel=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
 
 
@@ -70,8 +70,8 @@ def test_a_better_scale_is_found_and_its_losses_are_what_they_claim() -> None:
     weights, x = [torch.randn(16, 32), torch.randn(8, 32)], salient()
     choice = search_scales(weights, IDENTITY, 32, energy(x), energy(salient(seed=1)), SPEC, ScaleOptions())
     assert choice.alpha > 0 and choice.loss < 0.8 * choice.identity_loss
-    assert choice.loss == pytest.approx(nearest_loss(weights, choice.scales, energy(x), SPEC), rel=1e-6)
-    assert choice.identity_loss == pytest.approx(nearest_loss(weights, torch.ones(32), energy(x), SPEC), rel=1e-6)
+    assert choice.loss == pytest.approx(nearest_losses(weights, choice.scales[None], energy(x), SPEC)[0], rel=1e-6)
+    assert choice.identity_loss == pytest.approx(nearest_losses(weights, torch.ones(1, 32), energy(x), SPEC)[0], rel=1e-6)
     assert bool((choice.scales[[3, 20]] > choice.scales.median()).all())
 
 
@@ -99,7 +99,7 @@ def test_the_held_out_slice_can_refuse_the_winner_or_a_gain_that_is_noise() -> N
     searched = search_scales(weights, IDENTITY, 32, train, train, SPEC, ScaleOptions())
     elsewhere = torch.ones(32)  # all channels alike, but for those that the search protects at the cost of the others
     elsewhere[[3, 20]] = 0
-    loss = lambda scales, held: nearest_loss(weights, scales, held, SPEC)  # noqa: E731
+    loss = lambda scales, held: nearest_losses(weights, scales[None], held, SPEC)[0]  # noqa: E731
     gains = [loss(torch.ones(32), held) - loss(searched.scales, held) for held in (train, elsewhere)]
     assert searched.alpha > 0 and gains[0] > 0 > gains[1]
     for share, kept in ((0.03, True), (0.003, False), (-0.05, False)):
