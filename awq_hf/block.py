@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from awq_hf import affine
 from awq_hf.affine import Grid, choose_grid, fake_quantize
-from awq_hf.blocks import linears_of
+from awq_hf.blocks import matrices_of
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.paused import PausedForwards
 from awq_hf.calibration.stats import Moments, OutputError, output_energy
@@ -18,12 +18,14 @@ from awq_hf.calibration.stream import Call, capture_inputs
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
 from awq_hf.folding.probe import verify
+from awq_hf.linear import AwqLinear
+from awq_hf.matrices import as_kind, as_linear
 from awq_hf.parallel import in_parallel
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.rounding import ROUNDERS
 from awq_hf.rounding.gptq import RoundingFailed
-from awq_hf.spec import QuantizedWeight
+from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.transforms.awq_clip import search_clip
 from awq_hf.transforms.awq_scale import Loss, ScaleChoice, search_scales
 from awq_hf.transforms.correction import corrected_target
@@ -38,9 +40,16 @@ class BlockWork:
     later ones are fitted to the inputs they will really get.
     """
 
-    def __init__(self, name: str, block: nn.Module, recipe: Recipe, batches: Sequence[Batch], report: Report) -> None:
+    def __init__(
+        self, name: str, block: nn.Module, recipe: Recipe, specs: Mapping[str, QuantSpec], batches: Sequence[Batch], report: Report
+    ) -> None:
+        """specs: of the whole model's layers that are to be quantized, by their full names."""
         self.name, self.block, self.recipe, self.batches, self.report = name, block, recipe, batches, report
-        self.linears = linears_of(block)
+        self.kinds = {name: type(module) for name, module in matrices_of(block).items()}
+        self.linears = {name: as_linear(module) for name, module in matrices_of(block).items()}
+        self.specs = {inside: specs[f"{name}.{inside}"] for inside in self.linears if f"{name}.{inside}" in specs}
+        for inside, linear in self.linears.items():
+            block.set_submodule(inside, linear)  # a Conv1D is a Linear until the block is done
         self.quantized: dict[str, QuantizedWeight] = {}
         self.layers: dict[str, LayerReport] = {}
         self.groups: list[tuple[str, ...]] = []  # Linears that share an input, in order of execution
@@ -110,14 +119,14 @@ class BlockWork:
         """Search the scales of every fold, and divide the norms by them. Linears take their share when they are rounded."""
         for fold in self.folds:
             producer = self.block.get_submodule(fold.producer)
-            weights = [self.linears[name].weight.data.to(torch.float32) for name in fold.consumers if self._is_target(name)]
-            if not weights:
+            consumers = [(self.linears[n].weight.data.to(torch.float32), self.specs[n]) for n in fold.consumers if n in self.specs]
+            if not consumers:
                 continue
             channels = len(weight_of(producer))
             assert self.recipe.scale is not None
             with self.report.timed("scale search"):
                 energies, loss_of = self._energies(self._leader(fold.consumers[0])), self._scale_loss(fold)
-                choice = search_scales(weights, fold.channel_map, channels, *energies, self.recipe.spec, self.recipe.scale, loss_of)
+                choice = search_scales(consumers, fold.channel_map, channels, *energies, self.recipe.scale, loss_of)
             self.choices.update(dict.fromkeys(fold.consumers, choice))
             if choice.alpha > 0:
                 self._absorb(fold, producer, choice.scales)
@@ -127,11 +136,11 @@ class BlockWork:
         return None
 
     def _absorb(self, fold: FoldPoint, producer: nn.Module, scales: Tensor) -> None:
-        stays_float = [name for name in fold.consumers if not self._is_target(name)]
-        if stays_float or (fold.gain == "rows" and not self._is_target(fold.producer)):
+        stays_float = [name for name in fold.consumers if name not in self.specs]
+        if stays_float or (fold.gain == "rows" and fold.producer not in self.specs):
             scales = torch.exp2(scales.log2().round())  # exact in a weight that keeps its dtype
         scales = representable_scales(fold, producer, scales)
-        if fold.gain == "rows" and self._is_target(fold.producer):
+        if fold.gain == "rows" and fold.producer in self.specs:
             self.out_scales[fold.producer] = scales
         else:
             for name, value in divided_parameters(fold, producer, scales).items():
@@ -141,9 +150,6 @@ class BlockWork:
         for name in stays_float:
             self.linears[name].weight.data.mul_(scales[fold.channel_map])
 
-    def _is_target(self, name: str) -> bool:
-        return name in self.linears and not self.recipe.skips(f"{self.name}.{name}")
-
     # Rounding
 
     def round_groups(self, calls: Sequence[Call]) -> list[Any]:
@@ -151,13 +157,14 @@ class BlockWork:
 
         calls: the block's calls in the quantized stream; returns what the quantized block puts out for them.
         """
-        targets = {group[0]: [name for name in group if self._is_target(name)] for group in self.groups}
+        targets = {group[0]: [name for name in group if name in self.specs] for group in self.groups}
         with PausedForwards(self.block, calls, [leader for leader, names in targets.items() if names]) as forwards:
             for leader, names in targets.items():
                 if names:
                     with self.report.timed("quantized stream and statistics"):
                         train, held = self._moments(leader, forwards)
-                    self._round(names, train, held)
+                    for spec in dict.fromkeys(self.specs[name] for name in names):
+                        self._round([name for name in names if self.specs[name] == spec], spec, train, held)
                 del self.float_inputs[leader]
             with self.report.timed("quantized stream and statistics"):
                 return forwards.outputs()
@@ -186,8 +193,8 @@ class BlockWork:
             weight = weight / self.out_scales[name][:, None]
         return weight
 
-    def _round(self, names: list[str], train: Moments, held: Moments) -> None:
-        """Round Linears that share an input as one matrix, then judge each on the held-out slice and put it in place."""
+    def _round(self, names: list[str], spec: QuantSpec, train: Moments, held: Moments) -> None:
+        """Round Linears that share an input and a spec as one matrix, then judge each on the held-out slice and put it in place."""
         weights = [self._folded(name) for name in names]
         aims, strengths = weights, [0.0] * len(names)
         if self.recipe.correction:
@@ -195,10 +202,10 @@ class BlockWork:
                 aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
         H = train.H  # noqa: N806
         target = torch.cat(aims)
-        plain_grid = start_grid = choose_grid(target, self.recipe.spec)
+        plain_grid = start_grid = choose_grid(target, spec)
         if self.recipe.clip is not None:
             with self.report.timed("clip search"):
-                start_grid = search_clip(target, H, self.recipe.spec, self.recipe.clip)
+                start_grid = search_clip(target, H, spec, self.recipe.clip)
         failure = None
         with self.report.timed("rounding"):
             try:
@@ -214,18 +221,21 @@ class BlockWork:
                 layer = self._layer_report(name, weight, error_of, held, failure)
                 layer.clip = float((start_grid.scales[rows] / plain_grid.scales[rows]).mean())
                 layer.correction = strength
+                layer.dead_channels = int((H.diagonal() == 0).sum())
                 self._keep_best(name, layer, weight, (codes[rows], grid.rows(rows)), H, error_of)
 
     def _layer_report(
         self, name: str, weight: Tensor, error_of: OutputError, held: Moments, failure: str | None
     ) -> LayerReport:  # fmt: skip
         original = self.linears[name].weight.data.to(torch.float32)
-        plain = self._with_folds(name, fake_quantize(original, choose_grid(original, self.recipe.spec)))
+        plain = self._with_folds(name, fake_quantize(original, choose_grid(original, self.specs[name])))
         choice = self.choices.get(name)
         energy = float(output_energy(weight, held).sum())
         return LayerReport(
             name=f"{self.name}.{name}",
             shape=(weight.shape[0], weight.shape[1]),
+            bits=self.specs[name].bits,
+            group_size=self.specs[name].group_size,
             fold=next((fold.producer for fold in self.folds if name in fold.consumers), None),
             alpha=choice.alpha if choice else 0.0,
             family=choice.family if choice else "not folded",
@@ -246,7 +256,7 @@ class BlockWork:
         layer.loss = float(errors.sum()) / energy
         if layer.loss > layer.loss_plain:
             lost = f"{layer.rounding} lost to plain rounding on the held-out slice ({layer.loss:.3g} against {layer.loss_plain:.3g})"
-            for candidate in self._simpler(weight, H):
+            for candidate in self._simpler(weight, H, self.specs[name]):
                 better = (rows := error_of(affine.dequantize(*candidate))) < errors
                 found, errors = _merged(better, candidate, found), torch.minimum(rows, errors)
             layer.loss, layer.rounding, layer.fallback = float(errors.sum()) / energy, "the best of each row", lost
@@ -258,12 +268,22 @@ class BlockWork:
         self.layers[name] = layer
         self.report.layers.append(layer)
 
-    def _simpler(self, weight: Tensor, H: Tensor) -> list[Candidate]:  # noqa: N803
+    def _simpler(self, weight: Tensor, H: Tensor, spec: QuantSpec) -> list[Candidate]:  # noqa: N803
         """Plain roundings of the uncorrected weight, on the clipped grid and on the whole one."""
-        grids = [choose_grid(weight, self.recipe.spec)]
+        grids = [choose_grid(weight, spec)]
         if self.recipe.clip is not None:
-            grids.append(search_clip(weight, H, self.recipe.spec, self.recipe.clip))
+            grids.append(search_clip(weight, H, spec, self.recipe.clip))
         return [ROUNDERS["nearest"](weight, grid, H) for grid in grids]
+
+    # The result
+
+    def replace(self) -> None:
+        """Put AwqLinears in the place of what was quantized; the rest gets its class back."""
+        for name, linear in self.linears.items():
+            if name in self.quantized:
+                self.block.set_submodule(name, AwqLinear.from_quantized(self.quantized[name], linear.bias, self.kinds[name]))
+            elif type(linear) is not self.kinds[name]:
+                self.block.set_submodule(name, as_kind(self.kinds[name], linear.weight.data, linear.bias))
 
     def loss_line(self) -> str:
         """For the progress bar: the block's mean loss against plain rounding's."""

@@ -7,8 +7,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
+
+__all__ = ["Conv1D", "after_saving", "forget_after_saving", "progress_bar", "register", "unregister"]
 
 METHOD = "awq"
 _originals: tuple[Any, Any] | None = None

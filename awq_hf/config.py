@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AwqConfig as TransformersAwqConfig
 
 from awq_hf.calibration.data import Calibration
-from awq_hf.kernels.layout import layout_for
+from awq_hf.kernels.layout import WIDE, layout_for
 from awq_hf.recipe import Recipe
 from awq_hf.spec import QuantSpec
 from awq_hf.transforms.awq_clip import ClipOptions
@@ -27,6 +28,8 @@ class AwqConfig(TransformersAwqConfig):
 
     bits: 2, 3, 4 or 8; group_size: 16, 32, 64, 128, 256, or -1 for one group a row; zero_point: False for symmetric grids.
     modules_to_not_convert: Linears whose name contains one of these strings stay in float.
+    overrides: part of a name -> {"bits": ..., "group_size": ..., "zero_point": ...}, or None to leave those Linears in float; the first
+        part that a name contains counts. Widths or groups that differ are our own format: other programs do not read it.
     calibration: None for the text that comes with the package, the path of a UTF-8 text file, a list of strings, or a
         list of 1-D tensors of token ids. samples windows of seq_len tokens (None: 512, or as many as the model takes) are drawn
         from it with seed.
@@ -44,6 +47,7 @@ class AwqConfig(TransformersAwqConfig):
         zero_point: bool = True,
         modules_to_not_convert: list[str] | None = None,
         *,
+        overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         calibration: Calibration = None,
         samples: int = 128,
         seq_len: int | None = None,
@@ -65,9 +69,10 @@ class AwqConfig(TransformersAwqConfig):
         self.calibration, self.samples, self.seq_len, self.seed, self.batch_size = calibration, samples, seq_len, seed, batch_size
         self.scale, self.clip, self.rounding, self.correction, self.stream = scale, clip, rounding, correction, stream
         self.tokenizer, self.backend = tokenizer, backend
+        self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
         self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
-        self.recipe()  # refuses what does not exist
-        self.version = version or layout_for(bits)
+        recipe = self.recipe()  # refuses what does not exist
+        self.version = version or (layout_for(bits) if recipe.is_uniform else WIDE)
 
     @classmethod
     def plain_rounding(cls, **options: Any) -> AwqConfig:
@@ -79,6 +84,12 @@ class AwqConfig(TransformersAwqConfig):
 
     def spec(self) -> QuantSpec:
         return QuantSpec(bits=self.bits, group_size=self.group_size, symmetric=not self.zero_point)
+
+    def _override(self, part: str, options: dict[str, Any]) -> QuantSpec:
+        if unknown := options.keys() - {"bits", "group_size", "zero_point"}:
+            raise ValueError(f"overrides[{part!r}] has no option {sorted(unknown)[0]!r}; give bits, group_size or zero_point")
+        bits, group_size, zero_point = (options.get(key, getattr(self, key)) for key in ("bits", "group_size", "zero_point"))
+        return QuantSpec(bits, group_size, symmetric=not zero_point)
 
     def recipe(self, positions: int | None = None) -> Recipe:
         """The same options as the pipeline takes them. positions: how many tokens the model takes at once, where that is known."""
@@ -92,6 +103,7 @@ class AwqConfig(TransformersAwqConfig):
             stream=self.stream,  # type: ignore[arg-type]
             correction=self.correction,
             skip=tuple(self.modules_to_not_convert or ()),
+            overrides=tuple((part, None if options is None else self._override(part, options)) for part, options in self.overrides.items()),
             samples=self.samples,
             seq_len=min(SEQ_LEN, positions or SEQ_LEN) if self.seq_len is None else self.seq_len,
             batch_size=self.batch_size,
@@ -105,8 +117,8 @@ class AwqConfig(TransformersAwqConfig):
         translated.pop("quant_method", None)
         if isinstance(translated.get("version"), str):
             translated["version"] = translated["version"].lower()
-        config = cls(**{key: translated[key] for key in _STORED if key in translated})
-        config.extra = {key: value for key, value in translated.items() if key not in _STORED}
+        config = cls(**{key: translated[key] for key in (*_STORED, "overrides") if key in translated})
+        config.extra = {key: value for key, value in translated.items() if key not in (*_STORED, "overrides")}
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config
 
@@ -125,7 +137,9 @@ class AwqConfig(TransformersAwqConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """AutoAWQ's keys, and whatever else the checkpoint came with."""
-        return {**self.extra, "quant_method": "awq", **{key: getattr(self, key) for key in _STORED}}
+        stored = {**self.extra, "quant_method": "awq", **{key: getattr(self, key) for key in _STORED}}
+        kept = {part: options for part, options in self.overrides.items() if options is not None}  # the others are in the skip list
+        return {**stored, "overrides": kept} if kept else stored
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {}
@@ -137,5 +151,6 @@ class AwqConfig(TransformersAwqConfig):
         # transformers copies the model's config several times; calibration data and tokenizers are shared, not copied.
         copied = copy.copy(self)
         copied.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        copied.overrides = copy.deepcopy(self.overrides, memo)
         copied.extra = copy.deepcopy(self.extra, memo)
         return copied

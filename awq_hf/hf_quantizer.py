@@ -15,9 +15,9 @@ from awq_hf.config import AwqConfig
 from awq_hf.exporters.dense import make_dense
 from awq_hf.linear import AwqLinear
 from awq_hf.pipeline import quantize_model
-from awq_hf.preflight import check_shapes
+from awq_hf.preflight import make_plan
 from awq_hf.recipe import Recipe
-from awq_hf.report import Report
+from awq_hf.skip_list import caveats, skip_list
 
 
 class AwqHfQuantizer(HfQuantizer):
@@ -51,7 +51,7 @@ class AwqHfQuantizer(HfQuantizer):
         """Everything that can fail without the weights: shapes, calibration data."""
         config = self.quantization_config
         recipe = self.recipe = config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
-        check_shapes(model, recipe)
+        make_plan(model, recipe)
         with torch.device("cpu"):  # from_pretrained builds its model under the meta device
             windows = load_windows(config.calibration, self._tokenizer(model), recipe.seq_len)
             self.windows = windows.sample(recipe.samples, recipe.seed)
@@ -82,7 +82,10 @@ class AwqHfQuantizer(HfQuantizer):
         assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
         report = quantize_model(model, self.recipe, self.windows, compat.progress_bar)
-        self.quantization_config.modules_to_not_convert = _skip_list(self.quantization_config, report)
+        quantized = [layer.name for layer in report.layers]
+        entries = skip_list(report.left_in_float, quantized)
+        self.quantization_config.modules_to_not_convert = entries or None
+        report.notes += caveats(entries, report.left_in_float, quantized)
         model.awq_report = report
         compat.after_saving(model, lambda saved, directory: saved.awq_report.save(directory))
         return model
@@ -102,10 +105,3 @@ class AwqHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _skip_list(config: AwqConfig, report: Report) -> list[str] | None:
-    """Linears left in float, as config.json lists them: the user's own patterns, and every other module by its name."""
-    patterns = list(config.modules_to_not_convert or [])
-    rest = [name for name in report.left_in_float if not any(p in name for p in patterns)]
-    return patterns + rest or None

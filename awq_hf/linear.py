@@ -27,8 +27,11 @@ class AwqLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        replaces: type[nn.Module] = nn.Linear,
     ) -> None:
+        """replaces: the class of the module that this one stands in for, and that dequantizing brings back."""
         super().__init__()
+        self.replaces = replaces
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         groups = in_features // spec.group_width(in_features)
         words = layout.words_per_row(out_features, spec.bits)
@@ -42,10 +45,10 @@ class AwqLinear(nn.Module):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> AwqLinear:
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None, replaces: type[nn.Module] = nn.Linear) -> AwqLinear:
         """Pack a QuantizedWeight. `bias` [out] keeps its dtype."""
         out_features, in_features = weight.shape
-        self = cls(in_features, out_features, weight.spec, device="meta")
+        self = cls(in_features, out_features, weight.spec, device="meta", replaces=replaces)
         pack = lambda codes: layout.pack(codes.T.contiguous(), weight.spec.bits)  # noqa: E731  [in or groups, words]
         self.qweight = nn.Parameter(pack(weight.q), requires_grad=False)
         self.qzeros = nn.Parameter(pack(weight.zero_points), requires_grad=False)

@@ -15,10 +15,9 @@ from torch import nn
 from awq_hf.block import BlockWork
 from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
-from awq_hf.calibration.stream import BlockStream
-from awq_hf.linear import AwqLinear
+from awq_hf.calibration.stream import BlockStream, calling_order
 from awq_hf.parallel import one_thread_each
-from awq_hf.preflight import check_shapes, check_weights, left_in_float
+from awq_hf.preflight import Plan, check_calls, check_weights, make_plan
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 
@@ -33,32 +32,33 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     windows: calibration windows, already sampled. Raises ValueError before any work when a layer's shape does not fit, or
     weights are not in memory.
     """
-    check_shapes(model, recipe)
-    check_weights(model, recipe)
+    plan = make_plan(model, recipe)
+    check_weights(model, plan)
     began, cpu_began = time.perf_counter(), time.process_time()
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
-    report.left_in_float.update(left_in_float(model, recipe))
+    report.left_in_float.update(plan.left_in_float)
     was_training = model.training
     model.eval()
     try:
         with one_thread_each():
-            _quantize_blocks(model, recipe, windows, report, progress)
+            _quantize_blocks(model, recipe, plan, windows, report, progress)
     finally:
         model.train(was_training)
     _close(report, began, cpu_began, model)
     return report
 
 
-def _quantize_blocks(model: nn.Module, recipe: Recipe, windows: Windows, report: Report, progress: Progress | None) -> None:
+def _quantize_blocks(model: nn.Module, recipe: Recipe, plan: Plan, windows: Windows, report: Report, progress: Progress | None) -> None:
     prefix, blocks = find_blocks(model)
     batches = windows.batches(recipe.batch_size)
     probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
+    check_calls(calling_order(model, blocks, probe_batch[0]), prefix, blocks)
     probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
     quantized_stream = float_stream.fork()
     known_folds: dict[Any, Any] = {}
     bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
     for index in bar:
-        work = BlockWork(f"{prefix}.{index}", blocks[index], recipe, batches, report)
+        work = BlockWork(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report)
         with report.timed("fold discovery"):
             probe_calls = probe_stream.calls(index)
             work.discover_folds(probe_calls[0], known_folds)
@@ -69,14 +69,9 @@ def _quantize_blocks(model: nn.Module, recipe: Recipe, windows: Windows, report:
         work.choose_scales()
         quantized_stream.outputs = work.round_groups(quantized_calls)
         with report.timed("packing"):
-            _replace(blocks[index], work)
+            work.replace()
         if progress:
             bar.set_postfix_str(work.loss_line())
-
-
-def _replace(block: nn.Module, work: BlockWork) -> None:
-    for name, weight in work.quantized.items():
-        block.set_submodule(name, AwqLinear.from_quantized(weight, work.linears[name].bias))
 
 
 def _describe(windows: Windows) -> dict[str, Any]:

@@ -1,62 +1,101 @@
-"""Checks that need no weights: they run before any work, so that nothing fails after hours."""
+"""What a run will do, decided before any work: which matrices are quantized, how, what stays in float and why."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from awq_hf.blocks import find_blocks, linears_of
+from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.kernels.layout import column_multiple
+from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.recipe import Recipe
 from awq_hf.spec import GROUP_SIZES, QuantSpec
 
 OUTSIDE = "outside the decoder's blocks"
+SKIPPED = "modules_to_not_convert"
+SMALL = 0.01  # of a block's weights: what does not fit and is no more than this is not worth refusing the model for
 
 
-def targets(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The Linears to quantize, by their full name: all of the decoder's blocks, less those the recipe skips."""
+@dataclass(frozen=True)
+class Plan:
+    """specs: what is quantized, by its full name, in the model's order. left_in_float: modules that hold matrices and stay, and why."""
+
+    specs: dict[str, QuantSpec]
+    left_in_float: dict[str, str]
+
+
+def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """All matrices of the decoder's blocks, less those the recipe skips and small ones that do not fit. No weight is read.
+
+    Raises ValueError naming every larger one that cannot be stored, the sizes that would work, and how to leave it in float; and
+    when nothing is left to quantize, or an override names nothing.
+    """
     prefix, blocks = find_blocks(model)
-    named = {f"{prefix}.{i}.{name}": linear for i, block in enumerate(blocks) for name, linear in linears_of(block).items()}
-    return {name: linear for name, linear in named.items() if not recipe.skips(name)}
+    specs: dict[str, QuantSpec] = {}
+    left: dict[str, str] = {}
+    misfits: dict[str, str] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for index, block in enumerate(blocks):
+        inside = {f"{prefix}.{index}.{name}": shape_of(module) for name, module in matrices_of(block).items()}
+        weights = sum(rows * columns for rows, columns in inside.values())
+        for name, shape in inside.items():
+            spec = recipe.spec_for(name)
+            misfit = None if spec is None else _misfit(*shape, spec)
+            if spec is None:
+                left[name] = SKIPPED
+            elif misfit and shape[0] * shape[1] <= SMALL * weights:
+                left[name] = f"small, and {misfit}"
+            elif misfit:
+                misfits[name] = misfit
+            if spec is not None and name not in left:
+                specs[name], shapes[name] = spec, shape
+    left = {name: left.get(name, why) for name, why in _others(model, prefix, recipe) if name not in specs}
+    if not specs:
+        raise ValueError(_nothing_to_quantize(model, left))
+    if misfits:
+        raise ValueError(_refusal(misfits, shapes, recipe.spec))
+    _check_overrides(recipe, specs.keys() | left.keys())
+    return Plan(specs, left)
 
 
-def left_in_float(model: nn.Module, recipe: Recipe) -> dict[str, str]:
-    """Modules that hold matrices and will not be quantized, and why: other Linears, and what is no Linear inside the blocks."""
-    taken, (prefix, _) = targets(model, recipe), find_blocks(model)
-    left = {}
+def _others(model: nn.Module, prefix: str, recipe: Recipe) -> Iterable[tuple[str, str]]:
+    """Every module that holds matrices, and why it stays in float if it does."""
     for name, module in model.named_modules():
-        if name in taken:
-            continue
-        if recipe.skips(name) and isinstance(module, nn.Linear):
-            left[name] = "modules_to_not_convert"
+        if recipe.spec_for(name) is None and is_matrix(module):
+            yield name, SKIPPED
         elif isinstance(module, nn.Linear) and not name.startswith(f"{prefix}."):
-            left[name] = OUTSIDE
+            yield name, OUTSIDE
         elif name.startswith(f"{prefix}.") and any(p.ndim > 1 for p in module.parameters(recurse=False)):
-            left[name] = f"{type(module).__name__} is not a plain Linear"
-    return left
+            yield name, f"{type(module).__name__} is not a plain Linear"
 
 
-def check_shapes(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ValueError naming every Linear that cannot be stored, the sizes that would work, and how to leave it in float."""
-    found = targets(model, recipe)
-    if not found:
-        left = left_in_float(model, recipe)
-        if "modules_to_not_convert" in left.values():
-            raise ValueError(f"no Linear of {type(model).__name__} is left to quantize; shorten modules_to_not_convert")
-        reasons = sorted(set(left.values()) - {OUTSIDE}) or ["they hold no matrices"]
-        raise ValueError(f"{type(model).__name__} has no Linear to quantize in its blocks: {', '.join(reasons)}")
-    bad = {name: reason for name, linear in found.items() if (reason := _misfit(linear, recipe.spec))}
-    if bad:
-        works = [g for g in GROUP_SIZES if all(QuantSpec(recipe.spec.bits, g).divides(lin.in_features) for lin in found.values())]
-        leave = sorted({_shortest_pattern(name, found.keys() - bad.keys()) for name in bad})
-        raise ValueError(
-            f"{len(bad)} layers do not fit bits={recipe.spec.bits}, group_size={recipe.spec.group_size}:\n"
-            + "\n".join(f"  {name}: {reason}" for name, reason in list(bad.items())[:8])
-            + (f"\n  and {len(bad) - 8} more" if len(bad) > 8 else "")
-            + f"\nGroup sizes that divide every layer: {works}. Or leave these layers in float: modules_to_not_convert={leave}"
-        )
+def _misfit(out_features: int, in_features: int, spec: QuantSpec) -> str | None:
+    if not spec.divides(in_features):
+        return f"in_features {in_features} is not divisible by group_size {spec.group_size}"
+    if out_features % (multiple := column_multiple(spec.bits)):
+        return f"out_features {out_features} is not a multiple of {multiple}, which the 4-bit format needs"
+    return None
+
+
+def _nothing_to_quantize(model: nn.Module, left: dict[str, str]) -> str:
+    if SKIPPED in left.values():
+        return f"no Linear of {type(model).__name__} is left to quantize; shorten modules_to_not_convert"
+    reasons = sorted(set(left.values()) - {OUTSIDE}) or ["they hold no matrices"]
+    return f"{type(model).__name__} has no Linear to quantize in its blocks: {', '.join(reasons)}"
+
+
+def _refusal(misfits: dict[str, str], shapes: dict[str, tuple[int, int]], spec: QuantSpec) -> str:
+    works = [g for g in GROUP_SIZES if all(QuantSpec(spec.bits, g).divides(columns) for _, columns in shapes.values())]
+    leave = sorted({_shortest_pattern(name, shapes.keys() - misfits.keys()) for name in misfits})
+    return (
+        f"{len(misfits)} layers do not fit bits={spec.bits}, group_size={spec.group_size}:\n"
+        + "\n".join(f"  {name}: {reason}" for name, reason in list(misfits.items())[:8])
+        + (f"\n  and {len(misfits) - 8} more" if len(misfits) > 8 else "")
+        + f"\nGroup sizes that divide every layer: {works}. Or leave these layers in float: modules_to_not_convert={leave}"
+    )
 
 
 def _shortest_pattern(name: str, others: Iterable[str]) -> str:
@@ -66,22 +105,31 @@ def _shortest_pattern(name: str, others: Iterable[str]) -> str:
     return next((end for end in ends if not any(end in other for other in others)), name)
 
 
-def _misfit(linear: nn.Linear, spec: QuantSpec) -> str | None:
-    if not spec.divides(linear.in_features):
-        return f"in_features {linear.in_features} is not divisible by group_size {spec.group_size}"
-    if linear.out_features % (multiple := column_multiple(spec.bits)):
-        return f"out_features {linear.out_features} is not a multiple of {multiple}, which the 4-bit format needs"
-    return None
+def _check_overrides(recipe: Recipe, names: Iterable[str]) -> None:
+    for pattern, _ in recipe.overrides:
+        if not any(pattern in name for name in names):
+            raise ValueError(f"overrides: {pattern!r} is in no layer's name; names look like {next(iter(names))!r}")
 
 
-def check_weights(model: nn.Module, recipe: Recipe) -> None:
-    """Raise ValueError when weights were not loaded (disk offload leaves them on the meta device) or are not finite."""
+def check_calls(order: list[int], prefix: str, blocks: nn.ModuleList) -> None:
+    """Raise ValueError when the model does not call its blocks one after the other, each once. order: as they were called."""
+    for index in range(len(blocks)):
+        if (times := order.count(index)) != 1:
+            why = "it needs other inputs than text" if times == 0 else "a block whose weights are used several times cannot be quantized"
+            raise ValueError(f"the model calls {prefix}.{index} {times} times for one text, and not once: {why}")
+    if order != sorted(order):
+        raise ValueError(f"the model calls its blocks {prefix} in the order {order}; only first to last can be quantized")
+
+
+def check_weights(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError when weights were not loaded (disk offload leaves them on the meta device), or are not finite or all zero."""
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(
             f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
             'load on one device, e.g. device_map="cpu" or device_map=0'
         )
-    for name, linear in targets(model, recipe).items():
-        if not bool(torch.isfinite(linear.weight).all()):
+    for name in plan.specs:
+        weight = model.get_submodule(name).get_parameter("weight")
+        if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}.weight holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")

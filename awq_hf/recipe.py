@@ -20,6 +20,7 @@ class Recipe:
     stream: the inputs that layers are fitted to: of the "float" model, or of the model as "quantized" so far.
     correction: aim at the float model's outputs in spite of the input error of the quantized stream.
     skip: Linears whose name contains one of these are left in float.
+    overrides: (part of a name, how those Linears are stored, or None to leave them in float); the first that fits counts.
     samples, seq_len: calibration windows and their tokens; seed draws the windows.
     """
 
@@ -30,6 +31,7 @@ class Recipe:
     stream: Literal["float", "quantized"] = "quantized"
     correction: bool = True
     skip: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
     samples: int = 128
     seq_len: int = 512
     batch_size: int = 8
@@ -38,15 +40,24 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDERS:
             raise ValueError(f"rounding={self.rounding!r} is not known; choose one of {list(ROUNDERS)}")
+        if "" in [part for part, _ in self.overrides] or "" in self.skip:
+            raise ValueError("an empty string is part of every name; modules_to_not_convert and overrides need parts of names")
         if self.stream not in ("float", "quantized"):
             raise ValueError(f"stream={self.stream!r} is not known; choose 'float' or 'quantized'")
         for name, least in (("samples", 1), ("seq_len", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r} is too small; give at least {least}")
 
-    def skips(self, module_name: str) -> bool:
-        """Substring match, as AutoAWQ and vLLM read `modules_to_not_convert`."""
-        return any(part in module_name for part in self.skip)
+    def spec_for(self, module_name: str) -> QuantSpec | None:
+        """How a module is stored, or None where it stays in float. Names match by substring, as AutoAWQ and vLLM do it."""
+        if any(part in module_name for part in self.skip):
+            return None
+        return next((spec for part, spec in self.overrides if part in module_name), self.spec)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether everything that is quantized is stored alike, as AutoAWQ's format wants it."""
+        return all(spec is None or (spec.bits, spec.group_size) == (self.spec.bits, self.spec.group_size) for _, spec in self.overrides)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

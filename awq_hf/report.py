@@ -21,6 +21,7 @@ class LayerReport:
     """One quantized Linear. Losses are held-out output errors as a share of the output's energy.
 
     fold: the producer that absorbed the smoothing scales, or None; alpha, family: the scales that won (0: identity).
+    dead_channels: input channels that were zero for every calibration token.
     clip: mean ratio of the clipped to the unclipped step. correction: strength in [0, 1] (transforms/correction.py).
     loss_plain: of plain rounding to nearest of the original weight; loss: of what is stored.
     rounding: the method that produced the codes; fallback: why it is not the one asked for, or None.
@@ -28,6 +29,8 @@ class LayerReport:
 
     name: str
     shape: tuple[int, int]
+    bits: int
+    group_size: int
     fold: str | None
     alpha: float
     family: str
@@ -36,6 +39,7 @@ class LayerReport:
     rounding: str
     loss_plain: float
     loss: float
+    dead_channels: int = 0
     fallback: str | None = None
 
 
@@ -45,6 +49,7 @@ class Report:
     calibration: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     left_in_float: dict[str, str] = field(default_factory=dict)  # module -> reason
+    notes: list[str] = field(default_factory=list)  # what a person should know, a sentence each
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

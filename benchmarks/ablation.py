@@ -59,7 +59,7 @@ class ModuleOutputWork(BlockWork):
             kept = {name: self.linears[name].weight.data for name in fold.consumers}
             for name, weight in kept.items():
                 smoothed = weight.float() * scales
-                rounded = fake_quantize(smoothed, choose_grid(smoothed, self.recipe.spec)) / scales
+                rounded = fake_quantize(smoothed, choose_grid(smoothed, self.specs[name])) / scales
                 self.linears[name].weight.data = rounded.to(weight.dtype)
             error = sum(
                 float((_first(module(*args, **kwargs)).float() - _first(out).float()).pow(2).sum())

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from awq_hf.blocks import linears_of
+from awq_hf.blocks import matrices_of
+from awq_hf.matrices import shape_of
 from awq_hf.spec import BITS, GROUP_SIZES
 from benchmarks.common import Subject, publish, quiet
 
@@ -33,7 +34,7 @@ def main() -> None:
     if options.sweep:
         subject.dtype, max_tokens = "float32", 10_000
         original = subject.load()
-        widths = {linear.in_features for linear in linears_of(original.get_decoder()).values()}
+        widths = {shape_of(module)[1] for module in matrices_of(original.get_decoder()).values()}
         sizes = [g for g in GROUP_SIZES if g == -1 or all(width % g == 0 for width in widths)]
         cases = [(bits, size, symmetric) for bits in BITS for size in sizes for symmetric in (False, True)]
     rows = [compare(subject, original, max_tokens, *case) for case in cases]

@@ -8,8 +8,10 @@ from typing import Any
 def summarize(report: dict[str, Any]) -> str:
     """What was done, how much better than plain rounding it is, and every exception to the rule. report: as in report.json."""
     layers, calibration = report["layers"], report["calibration"]
+    widths = sorted({layer["bits"] for layer in layers})
+    dead = [layer for layer in layers if layer["dead_channels"]]
     lines = [
-        f"{len(layers)} layers quantized to {report['recipe']['spec']['bits']} bits in {report['seconds'].get('total', 0):.1f} s, "
+        f"{len(layers)} layers quantized to {' and '.join(map(str, widths))} bits in {report['seconds'].get('total', 0):.1f} s, "
         f"calibrated on {calibration['tokens']:,} tokens ({calibration['source']}).",
         f"Output error of a layer on held-out calibration text: {loss_ratio(layers):.0%} of plain rounding's on average.",
     ]
@@ -21,8 +23,15 @@ def summarize(report: dict[str, Any]) -> str:
     if fallbacks:
         lines.append(f"{len(fallbacks)} layers fell back to simpler rounding, since the held-out text asked for it:")
         lines += [f"  {layer['name']}: {layer['fallback']}" for layer in fallbacks]
+    if dead:
+        worst = max(dead, key=lambda layer: layer["dead_channels"])
+        lines.append(
+            f"{len(dead)} layers have input channels that are zero for every calibration token (most: {worst['name']}, "
+            f"{worst['dead_channels']} of {worst['shape'][1]}). Weights there could not be fitted: other calibration text may reach them."
+        )
     if report["left_in_float"]:
-        lines.append(f"Left in float: {', '.join(report['left_in_float'])}.")
+        lines.append(f"Left in float: {_shortened(list(report['left_in_float']))}.")
+    lines += [f"Note: {note}." for note in report["notes"]]
     return "\n".join(lines)
 
 
@@ -30,3 +39,7 @@ def loss_ratio(layers: list[dict[str, Any]]) -> float:
     """Mean over layers of loss / plain rounding's loss; 1 when no layer has one."""
     ratios = [layer["loss"] / layer["loss_plain"] for layer in layers if layer["loss_plain"] > 0]
     return sum(ratios) / len(ratios) if ratios else 1.0
+
+
+def _shortened(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

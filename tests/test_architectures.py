@@ -65,9 +65,42 @@ GLM4: Folds = {
 }
 NEOX: Folds = {
     "input_layernorm": "attention.query_key_value",
+    "attention.query_key_value": "attention.dense",  # heads interleave q, k and v
     "post_attention_layernorm": "mlp.dense_h_to_4h",
-    None: "attention.dense mlp.dense_4h_to_h",  # heads interleave q, k and v; GELU bends
+    None: "mlp.dense_4h_to_h",  # GELU bends
 }
+FALCON: Folds = {
+    "input_layernorm": "self_attention.query_key_value mlp.dense_h_to_4h",  # parallel branches
+    "self_attention.query_key_value": "self_attention.dense",
+    None: "mlp.dense_4h_to_h",
+}
+FALCON_2: Folds = {
+    "ln_attn": "self_attention.query_key_value",
+    "self_attention.query_key_value": "self_attention.dense",
+    "ln_mlp": "mlp.dense_h_to_4h",
+    None: "mlp.dense_4h_to_h",
+}
+BLOOM: Folds = {
+    "input_layernorm": "self_attention.query_key_value",
+    "self_attention.query_key_value": "self_attention.dense",
+    "post_attention_layernorm": "mlp.dense_h_to_4h",
+    None: "mlp.dense_4h_to_h",
+}
+STARCODER2: Folds = {"input_layernorm": QKV, "post_attention_layernorm": "mlp.c_fc", None: "mlp.c_proj", **VALUES}
+GPT2: Folds = {"ln_1": "attn.c_attn", "attn.c_attn": "attn.c_proj", "ln_2": "mlp.c_fc", None: "mlp.c_proj"}
+BIGCODE: Folds = GPT2
+MPT: Folds = {"norm_1": "attn.Wqkv", "attn.Wqkv": "attn.out_proj", "norm_2": "ffn.up_proj", None: "ffn.down_proj"}
+PHI: Folds = {
+    "input_layernorm": f"{QKV} mlp.fc1",
+    "self_attn.v_proj": "self_attn.dense",
+    None: "mlp.fc2",
+}
+NEMOTRON: Folds = {"input_layernorm": QKV, "post_attention_layernorm": "mlp.up_proj", None: "mlp.down_proj", **VALUES}  # relu squared
+BERT: Folds = {  # norms come after the branches, and the residual reads them too
+    None: "attention.self.query attention.self.key attention.self.value intermediate.dense output.dense",
+    "attention.self.value": "attention.output.dense",
+}
+MODERNBERT: Folds = {"attn_norm": "attn.Wqkv", "attn.Wqkv": "attn.Wo", "mlp_norm": "mlp.Wi", "mlp.Wi": "mlp.Wo"}
 
 
 class Architecture(NamedTuple):

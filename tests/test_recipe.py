@@ -44,8 +44,8 @@ def test_defaults_are_a_new_value_each_time_and_equal() -> None:
 
 def test_skipping_is_by_substring() -> None:
     recipe = Recipe(skip=("mlp", "layers.1."))
-    assert recipe.skips("model.layers.0.mlp.up") and recipe.skips("model.layers.1.attn.q")
-    assert not recipe.skips("model.layers.11.attn.q") and not Recipe().skips("anything")
+    assert recipe.spec_for("model.layers.0.mlp.up") is None and recipe.spec_for("model.layers.1.attn.q") is None
+    assert recipe.spec_for("model.layers.11.attn.q") == Recipe().spec_for("anything") == QuantSpec()
 
 
 def test_dict_is_plain_json() -> None:

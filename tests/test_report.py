@@ -12,7 +12,7 @@ from awq_hf.report import LayerReport, Report
 
 
 def layer(name: str, loss: float, plain: float, fold: str | None = "norm", alpha: float = 0.5, fallback: str | None = None) -> LayerReport:
-    return LayerReport(name, (8, 16), fold, alpha, "activations", 0.9, 1.0, "descent", plain, loss, fallback)
+    return LayerReport(name, (8, 16), 4, 16, fold, alpha, "activations", 0.9, 1.0, "descent", plain, loss, 0, fallback)
 
 
 @pytest.fixture
@@ -62,3 +62,15 @@ def test_summary_says_what_happened(report: Report) -> None:
     assert "Smoothing scales help 2 of 3 layers; 1 have no place" in summary and "Left in float: lm_head." in summary
     report.recipe["scale"] = None
     assert "Smoothing" not in report.summary()
+
+
+def test_summary_says_what_a_person_should_know(report: Report) -> None:
+    report.layers[1].dead_channels, report.layers[2].dead_channels = 3, 5
+    report.layers[0].bits = 8
+    report.left_in_float = {f"tower.{i}": "outside the decoder's blocks" for i in range(20)}
+    report.notes.append("vLLM refuses it")
+    summary = report.summary()
+    assert "3 layers quantized to 4 and 8 bits" in summary
+    assert "2 layers have input channels that are zero for every calibration token (most: c, 5 of 16)" in summary
+    assert "tower.7 and 12 more." in summary and "tower.8" not in summary
+    assert "Note: vLLM refuses it." in summary

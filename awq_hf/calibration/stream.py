@@ -7,6 +7,7 @@ between blocks are thus the model's own code, exact for every architecture.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -72,15 +73,39 @@ class BlockStream:
             for block in self.blocks[:index]:
                 replaced.enter_context(_replaced_forward(block, stub))
             replaced.enter_context(_replaced_forward(self.blocks[index], record))
-            device = next(p.device for p in self.model.parameters())
-            mask = None if batch.mask is None else batch.mask.to(device)
             with suppress(_Stop):
-                self.model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+                self.model(**model_inputs(self.model, batch))
         return recorded[0]
 
     def advance(self, index: int, calls: Sequence[Call]) -> None:
         """Run block `index` on its calls and keep what it returns."""
         self.outputs = in_parallel(lambda call: self.blocks[index](*call[0], **call[1]), calls)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The model's arguments for a batch. Encoders know no cache."""
+    device = next(p.device for p in model.parameters())
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": None if batch.mask is None else batch.mask.to(device),
+    }
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        inputs["use_cache"] = False
+    return inputs
+
+
+@torch.no_grad()
+def calling_order(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> list[int]:
+    """The numbers of the blocks in the order in which the model calls them."""
+    order: list[int] = []
+    handles = [block.register_forward_pre_hook(lambda *_, index=index: order.append(index)) for index, block in enumerate(blocks)]
+    try:
+        model(**model_inputs(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
 
 
 @contextmanager

@@ -10,7 +10,7 @@ residual connection, a router) shows up there. The block runs as a float32 copy,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,9 +157,9 @@ def _fold_of(probe: BlockProbe, producer: str) -> FoldPoint | None:
     after = probe.baseline.order.index(producer)
     later = {entry.removeprefix("> ") for entry in probe.baseline.order[after:] if entry.startswith("> ")}
     groups = [group for group in probe.input_groups() if later.issuperset(group)]
-    maps = _read_channel_maps(probe, producer, groups, slice(0, channels), channels)
+    maps = _read_channel_maps(probe, producer, groups, torch.arange(channels), channels)
     if not maps and isinstance(module, nn.Linear):  # a fused projection: only some of its rows go straight to a consumer
-        for rows in _row_ranges(probe, producer, groups, channels):
+        for rows in _row_sets(probe, producer, groups, channels):
             maps = _read_channel_maps(probe, producer, groups, rows, channels)
             if maps:
                 break
@@ -192,15 +192,16 @@ def _responding(
 
 
 def _read_channel_maps(
-    probe: BlockProbe, producer: str, groups: list[tuple[str, ...]], rows: slice, channels: int
+    probe: BlockProbe, producer: str, groups: list[tuple[str, ...]], rows: Tensor, channels: int
 ) -> dict[tuple[str, ...], Tensor]:
     """Spell each producer channel's number in bits, one forward a bit, and read it back at the consumers.
 
-    Returns int64 [in] maps of the groups whose every channel is fed by exactly one producer channel in `rows`.
+    rows: int64 numbers of the producer channels to try. Returns int64 [in] maps of the groups whose every channel is fed by exactly
+    one of them.
     """
     device = probe.baseline.inputs[groups[0][0]].device if groups else None
     code = torch.zeros(channels, dtype=torch.int64, device=device)
-    code[rows] = torch.arange(channels, device=device)[rows] + 1  # 0 is kept for "not fed by these rows"
+    code[rows] = rows.to(code) + 1  # 0 is kept for "not fed by these rows"
     read: dict[tuple[str, ...], Tensor] = {group: torch.zeros(1, dtype=torch.int64, device=device) for group in groups}
     dead: dict[tuple[str, ...], Tensor] = {}
     for bit in range(channels.bit_length()):
@@ -221,27 +222,33 @@ def _fill_dead(code: Tensor, dead: Tensor, channels: int) -> Tensor | None:
     return identity if in_place else None
 
 
-def _row_ranges(probe: BlockProbe, producer: str, groups: list[tuple[str, ...]], channels: int) -> list[slice]:
-    """The longest run of rows at the end, and at the start, that scales some consumer's input channel by channel."""
+def _row_sets(probe: BlockProbe, producer: str, groups: list[tuple[str, ...]], channels: int) -> Iterator[Tensor]:
+    """Rows of a fused projection that may go straight to a consumer: a run at its end or start, then that run in every head.
 
-    def passes(rows: slice) -> bool:
-        exponents = torch.zeros(channels, dtype=torch.int64, device=probe.baseline.inputs[groups[0][0]].device)
+    Query, key and value rows either follow each other or take turns head by head (GPT-NeoX, BLOOM, Falcon): the longest run that
+    scales some consumer's input channel by channel is found first, and then repeated with every period that fits.
+    """
+    device = probe.baseline.inputs[groups[0][0]].device if groups else None
+
+    def passes(rows: Tensor) -> bool:
+        exponents = torch.zeros(channels, dtype=torch.int64, device=device)
         exponents[rows] = 1
         return any(bool(doubled.any()) for doubled, _ in _responding(probe, producer, groups, exponents).values())
 
     if not groups:
-        return []
-    ranges = []
-    for at_end in (True, False):
-        rows = lambda n, at_end=at_end: slice(channels - n, channels) if at_end else slice(0, n)  # noqa: E731
-        if not passes(rows(1)):
+        return
+    everything = torch.arange(channels)
+    for run in (lambda n: everything[channels - n :], lambda n: everything[:n]):
+        if not passes(run(1)):
             continue
-        good, bad = 1, channels  # a prefix or suffix of a passing range passes too, so the boundary is found by bisection
+        good, bad = 1, channels  # part of a run that passes passes too, so the boundary is found by bisection
         while bad - good > 1:
             middle = (good + bad) // 2
-            good, bad = (middle, bad) if passes(rows(middle)) else (good, middle)
-        ranges.append(rows(good))
-    return ranges
+            good, bad = (middle, bad) if passes(run(middle)) else (good, middle)
+        yield run(good)
+        for period in range(2 * good, channels // 2 + 1, good):
+            if channels % period == 0:
+                yield everything[torch.isin(everything % period, run(good) % period)]
 
 
 def _gain_of(probe: BlockProbe, producer: str) -> Gain | None:

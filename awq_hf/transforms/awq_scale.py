@@ -47,33 +47,37 @@ class ScaleChoice:
     identity_loss: float
 
 
+Consumer = tuple[Tensor, QuantSpec]  # a weight, float32 [out, in], and how it will be stored
+
+
 def search_scales(
-    weights: list[Tensor], channel_map: Tensor, channels: int, energy: Tensor, held_energy: Tensor, spec: QuantSpec,
-    options: ScaleOptions, loss_of: Loss | None = None,
+    consumers: list[Consumer], channel_map: Tensor, channels: int, energy: Tensor, held_energy: Tensor, options: ScaleOptions,
+    loss_of: Loss | None = None,
 ) -> ScaleChoice:  # fmt: skip
     """The smoothing scales of one fold: best on the calibration statistic, and kept only if the held-out slice agrees.
 
-    weights: the consumers' float32 [out, in], sharing one input; channel_map: [in] -> producer channel; channels: producer
+    consumers: all that share the input; channel_map: [in] -> producer channel; channels: producer
     channels; energy, held_energy: E[x^2] of the float input, [in]. loss_of overrides the loss of scales [in].
     """
     one = torch.ones(channels, device=channel_map.device)
-    candidates = list(_candidates(weights, channel_map, channels, energy, options))
+    candidates = list(_candidates([weight for weight, _ in consumers], channel_map, channels, energy, options))
     scales = torch.stack([one, *(scales for _, _, scales in candidates)])[:, channel_map]  # [candidates, in]
-    identity_loss, *losses = nearest_losses(weights, scales, energy, spec) if loss_of is None else [loss_of(s) for s in scales]
+    identity_loss, *losses = nearest_losses(consumers, scales, energy) if loss_of is None else [loss_of(s) for s in scales]
     best = min(range(len(losses)), key=losses.__getitem__)
     if losses[best] >= identity_loss:
         return ScaleChoice(one, 0.0, "identity", identity_loss, identity_loss)
     family, alpha, smoothing = candidates[best]
-    held_loss, held_identity = nearest_losses(weights, torch.stack([smoothing, one])[:, channel_map], held_energy, spec)
+    held_loss, held_identity = nearest_losses(consumers, torch.stack([smoothing, one])[:, channel_map], held_energy)
     if held_loss <= (1 - MARGIN) * held_identity:
         return ScaleChoice(smoothing, alpha, family, losses[best], identity_loss)
     return ScaleChoice(one, 0.0, "identity (held-out slice)", identity_loss, identity_loss)
 
 
-def nearest_losses(weights: list[Tensor], scales: Tensor, energy: Tensor, spec: QuantSpec) -> list[float]:
+def nearest_losses(consumers: list[Consumer], scales: Tensor, energy: Tensor) -> list[float]:
     """Expected output error of plain rounding after smoothing by each of scales [candidates, in], summed over the consumers."""
 
-    def piece(rows: Tensor) -> Tensor:
+    def piece(of: Consumer) -> Tensor:
+        rows, spec = of
         errors = []
         for s in scales:
             smoothed = rows * s
@@ -81,7 +85,7 @@ def nearest_losses(weights: list[Tensor], scales: Tensor, energy: Tensor, spec: 
             errors.append((d.square_() @ energy).sum())
         return torch.stack(errors)
 
-    pieces = [weight[rows] for weight in weights for rows in row_pieces(weight)]
+    pieces = [(weight[rows], spec) for weight, spec in consumers for rows in row_pieces(weight)]
     return torch.stack(in_parallel(piece, pieces)).sum(0, dtype=torch.float64).tolist()  # [pieces, candidates] -> [candidates]
 
 

@@ -14,6 +14,10 @@ SPEC = QuantSpec(3, 16)
 IDENTITY = torch.arange(32)
 
 
+def stored(weights: list[Tensor]) -> list[tuple[Tensor, QuantSpec]]:
+    return [(weight, SPEC) for weight in weights]
+
+
 def energy(x: Tensor) -> Tensor:
     return x.pow(2).mean(0)
 
@@ -34,7 +38,7 @@ def tried(weights: list[Tensor], channel_map: Tensor, channels: int, x: Tensor, 
         seen.append(scales.clone())
         return 1.0
 
-    choice = search_scales(weights, channel_map, channels, energy(x), energy(x), SPEC, ScaleOptions(steps), record)
+    choice = search_scales(stored(weights), channel_map, channels, energy(x), energy(x), ScaleOptions(steps), record)
     assert choice.family == "identity" and choice.alpha == 0 and torch.equal(choice.scales, torch.ones(channels))
     return seen
 
@@ -48,7 +52,7 @@ def test_nearest_loss_is_the_mean_squared_output_error_where_channels_are_uncorr
         changed = fake_quantize(weight * scales, choose_grid(weight * scales, SPEC)).double() / scales.double()
         direct += ((x.double() @ (changed - weight.double()).T) ** 2).sum(1).mean().item()
     before = [weight.clone() for weight in weights]
-    assert nearest_losses(weights, scales[None], energy(x), SPEC)[0] == pytest.approx(direct, rel=1e-5)
+    assert nearest_losses(stored(weights), scales[None], energy(x))[0] == pytest.approx(direct, rel=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
 
 
@@ -68,10 +72,10 @@ def test_candidates_are_the_identity_and_every_alpha_up_to_one() -> None:
 def test_a_better_scale_is_found_and_its_losses_are_what_they_claim() -> None:
     torch.manual_seed(0)
     weights, x = [torch.randn(16, 32), torch.randn(8, 32)], salient()
-    choice = search_scales(weights, IDENTITY, 32, energy(x), energy(salient(seed=1)), SPEC, ScaleOptions())
+    choice = search_scales(stored(weights), IDENTITY, 32, energy(x), energy(salient(seed=1)), ScaleOptions())
     assert choice.alpha > 0 and choice.loss < 0.8 * choice.identity_loss
-    assert choice.loss == pytest.approx(nearest_losses(weights, choice.scales[None], energy(x), SPEC)[0], rel=1e-6)
-    assert choice.identity_loss == pytest.approx(nearest_losses(weights, torch.ones(1, 32), energy(x), SPEC)[0], rel=1e-6)
+    assert choice.loss == pytest.approx(nearest_losses(stored(weights), choice.scales[None], energy(x))[0], rel=1e-6)
+    assert choice.identity_loss == pytest.approx(nearest_losses(stored(weights), torch.ones(1, 32), energy(x))[0], rel=1e-6)
     assert bool((choice.scales[[3, 20]] > choice.scales.median()).all())
 
 
@@ -80,7 +84,7 @@ def test_alpha_one_can_win() -> None:
     target = x.pow(2).mean(0).sqrt()
     target = target / (target.max() * target.min()).sqrt()
     choice = search_scales(
-        [torch.ones(4, 32)], IDENTITY, 32, energy(x), energy(x), SPEC, ScaleOptions(), lambda s: float((s - target).abs().sum())
+        stored([torch.ones(4, 32)]), IDENTITY, 32, energy(x), energy(x), ScaleOptions(), lambda s: float((s - target).abs().sum())
     )
     assert choice.alpha == 1.0 or choice.family.startswith("identity")  # the held-out slice may say no, the search may not
     assert choice.loss <= 1e-3 or choice.family == "identity (held-out slice)"
@@ -88,7 +92,7 @@ def test_alpha_one_can_win() -> None:
 
 def test_a_weight_that_rounds_exactly_keeps_the_identity() -> None:
     weight = torch.arange(-3, 5).repeat(4, 4).float()
-    choice = search_scales([weight], IDENTITY, 32, energy(salient()), energy(salient()), SPEC, ScaleOptions())
+    choice = search_scales(stored([weight]), IDENTITY, 32, energy(salient()), energy(salient()), ScaleOptions())
     assert (choice.alpha, choice.family, choice.loss, choice.identity_loss) == (0.0, "identity", 0.0, 0.0)
     assert torch.equal(choice.scales, torch.ones(32))
 
@@ -96,17 +100,17 @@ def test_a_weight_that_rounds_exactly_keeps_the_identity() -> None:
 def test_the_held_out_slice_can_refuse_the_winner_or_a_gain_that_is_noise() -> None:
     torch.manual_seed(0)
     weights, train = [torch.randn(16, 32)], energy(salient())
-    searched = search_scales(weights, IDENTITY, 32, train, train, SPEC, ScaleOptions())
+    searched = search_scales(stored(weights), IDENTITY, 32, train, train, ScaleOptions())
     elsewhere = torch.ones(32)  # all channels alike, but for those that the search protects at the cost of the others
     elsewhere[[3, 20]] = 0
-    loss = lambda scales, held: nearest_losses(weights, scales[None], held, SPEC)[0]  # noqa: E731
+    loss = lambda scales, held: nearest_losses(stored(weights), scales[None], held)[0]  # noqa: E731
     gains = [loss(torch.ones(32), held) - loss(searched.scales, held) for held in (train, elsewhere)]
     assert searched.alpha > 0 and gains[0] > 0 > gains[1]
     for share, kept in ((0.03, True), (0.003, False), (-0.05, False)):
         # Losses are linear in the energy: a mixture of the two on which the winner gains just this share.
         a, b = (gain - share * loss(torch.ones(32), held) for gain, held in zip(gains, (train, elsewhere), strict=True))
         mixture = train * (-b / (a - b)) + elsewhere * (a / (a - b))
-        judged = search_scales(weights, IDENTITY, 32, train, mixture, SPEC, ScaleOptions())
+        judged = search_scales(stored(weights), IDENTITY, 32, train, mixture, ScaleOptions())
         if kept:
             assert torch.equal(judged.scales, searched.scales) and judged.alpha == searched.alpha
         else:
@@ -124,7 +128,7 @@ def test_channels_of_one_producer_share_one_scale() -> None:
     shared = torch.stack([power[repeat == c].mean() for c in range(16)]).sqrt()
     shared = (shared / (shared.max() * shared.min()).sqrt())[repeat]
     assert any(torch.allclose(s, shared, rtol=1e-4) for s in seen)
-    choice = search_scales([torch.randn(8, 32)], repeat, 16, energy(x), energy(x), SPEC, ScaleOptions())
+    choice = search_scales(stored([torch.randn(8, 32)]), repeat, 16, energy(x), energy(x), ScaleOptions())
     assert choice.scales.shape == (16,)
 
 
@@ -133,8 +137,8 @@ def test_producer_rows_that_nobody_reads_are_not_scaled_and_have_no_say(size: fl
     """A fused projection: rows 0-63 (queries, keys) go elsewhere, so dividing them would change the function."""
     torch.manual_seed(0)
     weights, x = [torch.randn(8, 32)], salient() * size
-    fused = search_scales(weights, IDENTITY + 64, 96, energy(x), energy(x), SPEC, ScaleOptions())
-    alone = search_scales(weights, IDENTITY, 32, energy(x), energy(x), SPEC, ScaleOptions())
+    fused = search_scales(stored(weights), IDENTITY + 64, 96, energy(x), energy(x), ScaleOptions())
+    alone = search_scales(stored(weights), IDENTITY, 32, energy(x), energy(x), ScaleOptions())
     assert alone.alpha > 0 and torch.equal(fused.scales[:64], torch.ones(64))
     assert (fused.alpha, fused.family) == (alone.alpha, alone.family)
     torch.testing.assert_close(fused.scales[64:], alone.scales)
@@ -149,5 +153,5 @@ def test_dead_channels_and_zero_weights_get_finite_scales(dead: list[int]) -> No
     for w in (weight, torch.zeros(8, 32)):
         for scales in tried([w], IDENTITY, 32, x, 4):
             assert bool(torch.isfinite(scales).all()) and bool((scales > 0).all())
-        choice = search_scales([w], IDENTITY, 32, energy(x), energy(x), SPEC, ScaleOptions())
+        choice = search_scales(stored([w]), IDENTITY, 32, energy(x), energy(x), ScaleOptions())
         assert choice.loss <= choice.identity_loss and bool(torch.isfinite(choice.scales).all())
