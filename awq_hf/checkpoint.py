@@ -1,105 +1,302 @@
-"""What an AWQ checkpoint on disk holds, read from the headers of its safetensors files, and the modules that fit it."""
+"""Loading an AWQ checkpoint: modules that fit its tensors, the check that nothing is lost or left random, the canonical layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from awq_hf.blocks import find_blocks
-from awq_hf.kernels.layout import GEMM, layout_for, words_per_row
-from awq_hf.linear import AwqLinear
-from awq_hf.spec import QuantSpec
+from awq_hf import compat
+from awq_hf.headers import Headers, read_headers
+from awq_hf.kernels.foreign import GEMV, GEMV_FAST, VERSIONS, tensor_shapes, to_gemm
+from awq_hf.kernels.layout import GEMM, WIDE, layout_for, pack
+from awq_hf.linear import AwqLinear, ScaledActivation
+from awq_hf.spec import BITS, GROUP_SIZES, QuantSpec
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I16": torch.int16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ZEROS = ("qzeros", "scaled_zeros")  # AutoAWQ's name; llm-awq's
+CHUNK = 1 << 24  # elements looked at together
+
+
+class Loading(NamedTuple):
+    """What is known of a checkpoint between the hooks before and after its weights are loaded."""
+
+    headers: Headers
+    layouts: dict[str, str]  # module -> layout of its tensors
+    sources: dict[str, str]  # parameter -> tensor of the file
+
+
+def begin(model: Any, files: Iterable[str | os.PathLike[str]], spec_of: Callable[[str], QuantSpec], version: str | None) -> Loading:
+    """Give `model`, empty on the meta device, the modules of the checkpoint, and have its keys checked when they are loaded."""
+    headers = read_headers(files, model.config.name_or_path)
+    layouts = convert_modules(model, headers, spec_of, version)
+    compat.when_loaded(model, lambda info: check_keys(model, info))
+    return Loading(headers, layouts, match_tensors(model, headers))
+
+
+# Modules
+
+
+def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], QuantSpec], version: str | None) -> dict[str, str]:
+    """Replace the Linears that own a .qweight in the checkpoint by empty AwqLinears, with parameters as the file has them.
+
+    spec_of(module name of the model): what the config says of it. version: what the config calls the layout, None when nothing.
+    Returns module name -> layout. Raises ValueError naming the tensor when something is missing, unexpected or of another shape.
+    """
+    owners = {name.rpartition(".")[0]: name for name in headers if name.rpartition(".")[2] in ("qweight", *_ZEROS)}
+    if not owners:
+        raise ValueError("config.json says AWQ, but no tensor of the checkpoint is named *.qweight: it is not quantized")
+    declared = _declared_layout(version)
+    resolve, parameters = compat.resolver(model), model.state_dict()
+    layouts: dict[str, str] = {}
+    for owner, tensor in owners.items():
+        name, operations = resolve(f"{owner}.weight", parameters)
+        name = name.removesuffix(".weight")
+        if operations is not None or f"{name}.weight" not in parameters or not isinstance(model.get_submodule(name), nn.Linear):
+            raise ValueError(_no_place(tensor, operations, model))
+        stored = _Stored(owner, model.get_submodule(name), headers, spec_of(name))
+        layouts[name] = stored.layout(declared, version)
+        model.set_submodule(name, stored.empty(layouts[name]))
+        compat.untie(model, f"{name}.weight")
+    _scale_activations(model, headers, resolve)
+    return layouts
+
+
+def _declared_layout(version: str | None) -> str | None:
+    if version is None or version in VERSIONS:
+        return VERSIONS[version] if version else None
+    readable = f"versions that can be read: {', '.join(VERSIONS)}"
+    if version in ("marlin", "bitblas"):
+        raise ValueError(
+            f"checkpoint version {version!r} is ordered for one kernel on one kind of GPU and cannot be read; take the gemm version "
+            f"of this checkpoint, or write it again with version gemm. {readable}"
+        )
+    raise ValueError(f"checkpoint version {version!r} is not known; {readable}")
+
+
+def _no_place(tensor: str, operations: str | None, model: Any) -> str:
+    if ".experts." in tensor:
+        return f"{tensor} belongs to experts that {type(model).__name__} fuses into one tensor; fused experts are not supported yet"
+    if operations is not None:
+        return f"{tensor} cannot be loaded: transformers rearranges this module's weight ({operations}), which packed integers do not allow"
+    return f"{tensor} is in the checkpoint, but {type(model).__name__} has no Linear of this name to hold it"
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
+class _Stored:
+    """A quantized module as the headers describe it: its name in the file, and the Linear that it stands for."""
+
+    owner: str
+    linear: nn.Linear
+    headers: Headers
+    spec: QuantSpec
+
+    def layout(self, declared: str | None, version: str | None) -> str:
+        """The layout of the tensors. Raises ValueError when they are of none, or not of the declared one."""
+        bits, group_size = self.spec.bits, self.spec.group_size
+        if declared == GEMM and bits != 4:
+            raise ValueError(f"checkpoint version {version!r} with {bits} bits cannot be read: it holds 4 bits, {WIDE!r} the others")
+        own = layout_for(bits)
+        choices = {None: [own, GEMV, GEMV_FAST] if bits == 4 else [own], WIDE: [own]}.get(declared, [declared or own])
+        misfits = [self._misfit(layout, self.spec) for layout in choices]
+        if None not in misfits:
+            said = "" if version is None else f" and version {version!r}"
+            raise ValueError(f"{misfits[0]} for {bits} bits, group_size {group_size}{said}{self._looks_like()}")
+        return choices[misfits.index(None)]
+
+    def _zeros_name(self, layout: str) -> str:
+        return _ZEROS[layout == GEMV_FAST and f"{self.owner}.{_ZEROS[1]}" in self.headers]
+
+    def _misfit(self, layout: str, spec: QuantSpec) -> str | None:
+        """Why the tensors are not a matrix of `spec` in `layout`, or None."""
+        n_in, n_out = self.linear.in_features, self.linear.out_features
+        try:
+            expected = tensor_shapes(layout, n_in, n_out, spec.group_width(n_in), spec.bits)
+        except ValueError as error:
+            return f"{self.owner}: {error}; the config asks"
+        if self.linear.bias is not None or f"{self.owner}.bias" in self.headers:
+            expected["bias"] = ((n_out,), (torch.float16, torch.bfloat16, torch.float32))
+        for part, (shape, dtypes) in expected.items():
+            name = f"{self.owner}.{self._zeros_name(layout) if part == 'zeros' else part}"
+            info = self.headers.get(name)
+            if info is None:
+                return f"{name} is missing from the checkpoint, expected"
+            if info.shape != shape or info.dtype not in map(_NAMES.get, dtypes):
+                return f"{name} is {info}, expected {' or '.join(map(_NAMES.__getitem__, dtypes))} {list(shape)}"
+        return None
+
+    def _looks_like(self) -> str:
+        qweight = self.headers.get(f"{self.owner}.qweight")
+        for bits in BITS:
+            for group_size in GROUP_SIZES:
+                for layout in (GEMM, GEMV, GEMV_FAST) if bits == 4 else (WIDE,):
+                    if self._misfit(layout, QuantSpec(bits, group_size)) is None:
+                        return f"; the tensors look like bits={bits}, group_size={group_size}, version {layout!r}"
+        n_in, n_out = self.linear.in_features, self.linear.out_features
+        if qweight and qweight.shape == (n_in // 16, n_out * 2):
+            return "; the tensors look like version 'marlin', which cannot be read"
+        if f"{self.owner}.g_idx" in self.headers:
+            return "; the tensors look like GPTQ's, not AWQ's"
+        return ""
+
+    def empty(self, layout: str) -> AwqLinear:
+        """An AwqLinear on the meta device whose parameters have the shapes and dtypes of the file."""
+        linear, bias = self.linear, f"{self.owner}.bias" in self.headers
+        awq = AwqLinear(linear.in_features, linear.out_features, self.spec, bias, linear.weight.dtype, "meta")
+        del awq.qzeros
+        for part in ("qweight", self._zeros_name(layout), "scales"):
+            info = self.headers[f"{self.owner}.{part}"]
+            empty = torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta")
+            awq.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+        return awq
 
 
-def read_headers(files: Iterable[str]) -> dict[str, TensorInfo]:
-    """Name -> shape and dtype of every tensor in the files; no tensor is read."""
-    found = {}
-    for path in files:
-        if not str(path).endswith(".safetensors"):
-            raise ValueError(f"{path} is not a safetensors file; AWQ checkpoints are read from safetensors only")
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                part = file.get_slice(name)
-                found[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype())
-    return found
+def _scale_activations(model: Any, headers: Headers, resolve: compat.Resolve) -> None:
+    """Wrap the activations that have scales of their own: AutoAWQ scales so where no weight precedes a Linear (GELU)."""
+    parameters = model.state_dict()
+    bare = {f"{name}.scales": module for name, module in model.named_modules() if name and next(module.parameters(), None) is None}
+    for tensor, info in headers.items():
+        if tensor.endswith(".scales") and len(info.shape) == 1:
+            target, _ = resolve(tensor, {**parameters, **bare})
+            if target in bare:
+                model.set_submodule(target.removesuffix(".scales"), ScaledActivation(bare[target], info.shape[0], device="meta"))
 
 
-def convert_modules(model: nn.Module, headers: dict[str, TensorInfo], spec: QuantSpec, version: str) -> list[str]:
-    """Replace the Linears that own a .qweight in the checkpoint by empty AwqLinears; returns their names.
+# The whole model
 
-    Raises ValueError naming the tensor when something is missing, unexpected or of another shape.
+
+def match_tensors(model: Any, headers: Headers) -> dict[str, str]:
+    """Parameter of the model -> its tensor in the checkpoint, by transformers' renaming.
+
+    Raises ValueError for shapes and kinds of dtype that do not fit. What is missing or left over is known after loading, see `check_keys`.
     """
-    if version != layout_for(spec.bits):
-        raise ValueError(
-            f"checkpoint version {version!r} with {spec.bits} bits cannot be read; versions that can: "
-            f"{GEMM!r} (4 bits) and {layout_for(8)!r} (2, 3 and 8 bits)"
-        )
-    if not any(name.endswith(".qweight") for name in headers):
-        raise ValueError("config.json says AWQ, but no tensor of the checkpoint is named *.qweight: it is not quantized")
-    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in headers if name.endswith((".qweight", ".qzeros"))))
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    converted = []
-    for owner in owners:
-        name = _resolve(owner, linears, model)
-        linear = linears[name]
-        _check(owner, linear, headers, spec)
-        awq = AwqLinear(linear.in_features, linear.out_features, spec, f"{owner}.bias" in headers, linear.weight.dtype, "meta")
-        awq.scales = nn.Parameter(awq.scales.to(_DTYPES[headers[f"{owner}.scales"].dtype]), requires_grad=False)
-        model.set_submodule(name, awq)
-        converted.append(name)
-    _check_others(model, headers)
-    return converted
+    resolve, parameters = compat.resolver(model), model.state_dict()
+    sources: dict[str, str] = {}
+    for tensor, info in headers.items():
+        name, operations = resolve(tensor, parameters)
+        if operations is not None or name not in parameters:
+            continue
+        if name in sources:
+            raise ValueError(f"{tensor} and {sources[name]} are both {name} of the model; which is meant cannot be known")
+        sources[name] = tensor
+        expected = parameters[name]
+        if tuple(expected.shape) != info.shape and not _of_a_new_head(model, name, missing=True):
+            raise ValueError(f"{tensor} in {info.file} is {info}, but the model's {name} is {list(expected.shape)}")
+        if expected.is_floating_point() != info.dtype.startswith(("F", "BF")):
+            raise ValueError(f"{tensor} in {info.file} is {info}, but the model's {name} is {expected.dtype}")
+    return sources
 
 
-def _check_others(model: nn.Module, headers: dict[str, TensorInfo]) -> None:
-    """Raise ValueError when the checkpoint has neither a .weight nor a .qweight for a Linear of the blocks: it would stay random."""
-    prefix, _ = find_blocks(model)
-    base = getattr(model, "base_model_prefix", "")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith(f"{prefix}."):
-            aliases = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
-            if not any(f"{alias}.weight" in headers for alias in aliases):
-                raise ValueError(f"the checkpoint has neither {name}.qweight nor {name}.weight: a layer of the model is missing")
+def check_keys(model: Any, info: Any) -> None:
+    """Raise ValueError when loading an AWQ checkpoint left something of the model random, or of the checkpoint unused.
+
+    info: transformers' loading info. A new head on the body of another architecture, which a user asked for, is left to transformers.
+    """
+    problems = [f"{name} is missing from the checkpoint" for name in sorted(info.missing_keys) if not _of_a_new_head(model, name, True)]
+    problems += [
+        f"{name} is in the checkpoint, but {type(model).__name__} has no place for it"
+        for name in sorted(info.unexpected_keys)
+        if not _of_a_new_head(model, name, False)
+    ]
+    problems += _misshapen(info, lambda name: not _of_a_new_head(model, name, True))
+    _refuse(problems, info)
 
 
-def _resolve(owner: str, linears: dict[str, nn.Linear], model: nn.Module) -> str:
-    """The model's name of a checkpoint's module: checkpoints may or may not carry the base model's prefix."""
-    prefix = getattr(model, "base_model_prefix", "")
-    for name in (owner, f"{prefix}.{owner}", owner.removeprefix(f"{prefix}.")):
-        if name in linears:
-            return name
-    raise ValueError(f"{owner}.qweight is in the checkpoint, but the model has no Linear {owner!r} to hold it")
+def check_float_keys(model: nn.Module, info: Any) -> None:
+    """Raise ValueError when something of the decoder, which is to be quantized, stayed random; the rest is left to transformers."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+    problems = [f"{name} is missing from the checkpoint" for name in sorted(info.missing_keys) if name.startswith(prefix)]
+    _refuse(problems + _misshapen(info, lambda name: name.startswith(prefix)), info)
 
 
-def _check(owner: str, linear: nn.Linear, headers: dict[str, TensorInfo], spec: QuantSpec) -> None:
-    try:
-        groups = linear.in_features // spec.group_width(linear.in_features)
-    except ValueError as error:
-        raise ValueError(f"{owner} does not fit the checkpoint's quantization_config: {error}") from None
-    words = words_per_row(linear.out_features, spec.bits)
-    expected = {
-        "qweight": ((linear.in_features, words), ("I32",)),
-        "qzeros": ((groups, words), ("I32",)),
-        "scales": ((groups, linear.out_features), ("F16", "BF16", "F32")),
-    }
-    for suffix, (shape, dtypes) in expected.items():
-        info = headers.get(f"{owner}.{suffix}")
-        if info is None:
-            raise ValueError(f"{owner}.{suffix} is missing from the checkpoint")
-        if info.shape != shape or info.dtype not in dtypes:
+def _misshapen(info: Any, counts: Callable[[str], bool]) -> list[str]:
+    shapes = [f"{n} is {list(found)}, expected {list(shape)}" for n, found, shape in sorted(info.mismatched_keys) if counts(n)]
+    errors = [f"{n} could not be converted: {text.splitlines()[-1]}" for n, text in info.conversion_errors.items() if counts(n)]
+    return shapes + errors
+
+
+def _refuse(problems: list[str], info: Any) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        for found in (info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.conversion_errors):
+            found.clear()  # transformers would report them as well, and raise an error of its own over this one
+        raise ValueError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)
+
+
+def _of_a_new_head(model: Any, name: str, missing: bool) -> bool:
+    """Whether a tensor is outside the body of a model whose class is not the checkpoint's: a head to be trained, or one left behind."""
+    if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+        return False
+    if missing and (model.base_model is model or model.get_submodule(name.rpartition(".")[0]) is model.get_output_embeddings()):
+        return False
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+# After loading
+
+
+def finish(model: nn.Module, loading: Loading) -> None:
+    """Check the values that were loaded, and bring every module into the canonical layout and its spec into line with its zero points.
+
+    Raises ValueError for values that are not finite, for zero points that are no integers, and for weights that are not in memory
+    but would have to be converted.
+    """
+    check_finite(model, loading.headers, loading.sources)
+    for name, layout in loading.layouts.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, AwqLinear)
+        if layout not in (GEMM, WIDE):
+            _repack(name, module, layout)
+        module.requires_grad_(False)  # the loader re-creates floating parameters with gradients
+        if module.spec.symmetric and not module.qzeros.is_meta and not _is_symmetric(module):
+            module.spec = replace(module.spec, symmetric=False)  # the zero points are what they are, whatever the config says
+
+
+def check_finite(model: nn.Module, headers: Headers, sources: dict[str, str]) -> None:
+    """Raise ValueError naming a floating parameter that holds NaN or infinity; of offloaded ones the file is read."""
+    for name, parameter in model.named_parameters():
+        tensor = sources.get(name)
+        if not parameter.is_floating_point() or (parameter.is_meta and tensor is None):
+            continue
+        if not _is_finite(_from_file(headers[tensor].file, tensor) if parameter.is_meta and tensor else parameter):
+            where = f"{tensor} in {headers[tensor].file}" if tensor else name
             raise ValueError(
-                f"{owner}.{suffix} is {info.dtype} {list(info.shape)}, expected {' or '.join(dtypes)} {list(shape)} "
-                f"for {spec.bits} bits and group_size {spec.group_size}"
+                f"{where} holds NaN or infinity, or values beyond {parameter.dtype}: damaged, or to be loaded in another dtype"
             )
+
+
+def _from_file(file: str, tensor: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(tensor)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(CHUNK))
+
+
+def _repack(name: str, module: AwqLinear, layout: str) -> None:
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            f"{name} is stored as {layout}, which is converted while loading, but device_map keeps it elsewhere until it runs; "
+            'load with device_map="cpu", save, and load what was saved'
+        )
+    zeros = module._parameters.pop(_ZEROS[1], None)
+    width = module.spec.group_width(module.in_features)
+    try:
+        parts = to_gemm(layout, module.qweight.data, (module.qzeros if zeros is None else zeros).data, module.scales.data, width)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    for part, tensor in zip(("qweight", "qzeros", "scales"), parts, strict=True):
+        setattr(module, part, nn.Parameter(tensor, requires_grad=False))
+
+
+def _is_symmetric(module: AwqLinear) -> bool:
+    middle = torch.full((1, module.out_features), module.spec.middle_code, dtype=torch.uint8, device=module.qzeros.device)
+    return bool((module.qzeros == pack(middle, module.spec.bits)).all())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
@@ -51,3 +53,46 @@ def after_saving(model: Any, action: Callable[[Any, str], None]) -> None:
 
 def forget_after_saving(model: Any) -> None:
     model.__dict__.pop("save_pretrained", None)
+
+
+Resolve = Callable[[str, Mapping[str, Any]], tuple[str, str | None]]
+
+
+def resolver(model: Any) -> Resolve:
+    """resolve(name in a checkpoint, parameters of the model by name) -> (the model's name, what converts it on the way).
+
+    The second is None, or the operations of transformers' that fuse or split such tensors. This is the loader's own renaming: the
+    architecture's patterns, and the base model's prefix added or dropped; only a key_mapping given to from_pretrained is not seen.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    operations = {pattern: repr(converter.operations) for converter in converters for pattern in converter.source_patterns}
+
+    def resolve(name: str, known: Mapping[str, Any]) -> tuple[str, str | None]:
+        found, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if found not in known and name in known:
+            found, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
+        return found, None if pattern is None else operations[pattern]
+
+    return resolve
+
+
+def when_loaded(model: Any, action: Callable[[Any], None]) -> None:
+    """Have from_pretrained call action(its loading info) when weights are tied and keys that may be missing are taken out.
+
+    The last step before the report is a method of the model; one bound to the instance takes its place, once.
+    """
+
+    def adjust(self: Any, loading_info: Any) -> None:
+        del self.__dict__["_adjust_missing_and_unexpected_keys"]
+        self._adjust_missing_and_unexpected_keys(loading_info)
+        action(loading_info)
+
+    model._adjust_missing_and_unexpected_keys = types.MethodType(adjust, model)
+
+
+def untie(model: Any, name: str) -> None:
+    """Forget that the parameter `name` is another one's: a quantized head shares nothing with the embedding."""
+    if model.all_tied_weights_keys.pop(name, None) is not None:
+        model.config.get_text_config().tie_word_embeddings = False

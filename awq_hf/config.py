@@ -9,15 +9,16 @@ from typing import Any
 from transformers import AwqConfig as TransformersAwqConfig
 
 from awq_hf.calibration.data import Calibration
-from awq_hf.kernels.layout import WIDE, layout_for
+from awq_hf.kernels.foreign import VERSIONS
+from awq_hf.kernels.layout import GEMM, WIDE, layout_for
 from awq_hf.recipe import Recipe
 from awq_hf.spec import QuantSpec
 from awq_hf.transforms.awq_clip import ClipOptions
 from awq_hf.transforms.awq_scale import ScaleOptions
 
-# Older AutoAWQ and llm-awq names -> ours
-_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version", "checkpoint_format": "version"}
 _STORED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
+# Our name -> the names others write, the first that is there counts
+_SYNONYMS = {"bits": ("w_bit",), "group_size": ("q_group_size",), "version": ("format", "checkpoint_format")}
 
 
 SEQ_LEN = 512
@@ -64,6 +65,13 @@ class AwqConfig(TransformersAwqConfig):
     ) -> None:
         if isinstance(modules_to_not_convert, str):
             raise ValueError(f"modules_to_not_convert={modules_to_not_convert!r} is a string; give a list: [{modules_to_not_convert!r}]")
+        names = () if modules_to_not_convert is None else modules_to_not_convert
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"modules_to_not_convert={modules_to_not_convert!r} is not a list of strings")
+        if not isinstance(zero_point, bool):
+            raise ValueError(f"zero_point={zero_point!r} is not true or false")
+        if version not in (None, GEMM, WIDE):
+            raise ValueError(f"version={version!r} can at most be read, not written; leave it out: {layout_for(bits)!r} is written")
         super().__init__(bits=bits, group_size=group_size, zero_point=zero_point, modules_to_not_convert=modules_to_not_convert)
         # After the base class, which has attributes of the same names for GPTQ.
         self.calibration, self.samples, self.seq_len, self.seed, self.batch_size = calibration, samples, seq_len, seed, batch_size
@@ -72,7 +80,8 @@ class AwqConfig(TransformersAwqConfig):
         self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
         self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
         recipe = self.recipe()  # refuses what does not exist
-        self.version = version or (layout_for(bits) if recipe.is_uniform else WIDE)
+        # None: read from a config that does not say
+        self.version: str | None = version or (layout_for(bits) if recipe.is_uniform else WIDE)
 
     @classmethod
     def plain_rounding(cls, **options: Any) -> AwqConfig:
@@ -113,14 +122,32 @@ class AwqConfig(TransformersAwqConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read config.json's quantization_config. Unknown keys are kept and written back."""
-        translated = {_SYNONYMS.get(key, key): value for key, value in config_dict.items()}
-        translated.pop("quant_method", None)
-        if isinstance(translated.get("version"), str):
-            translated["version"] = translated["version"].lower()
-        config = cls(**{key: translated[key] for key in (*_STORED, "overrides") if key in translated})
-        config.extra = {key: value for key, value in translated.items() if key not in (*_STORED, "overrides")}
+        found: dict[str, Any] = {}
+        for key in _STORED:
+            given = [config_dict[name] for name in (key, *_SYNONYMS.get(key, ())) if config_dict.get(name) is not None]
+            if given:
+                found[key] = given[0]
+        if isinstance(config_dict.get("sym"), bool):
+            found.setdefault("zero_point", not config_dict["sym"])
+        version = found.pop("version", None)
+        if config_dict.get("backend") == "llm-awq":
+            version = "llm-awq"  # its script writes version gemv whatever the tensors are
+        if not isinstance(version, str | None):
+            raise ValueError(f"quantization_config: version={version!r} is not a name")
+        config = cls(**found, overrides=config_dict.get("overrides"))
+        config.version = version if version is None else version.lower()
+        config.extra = {key: value for key, value in config_dict.items() if key not in (*_STORED, "overrides", "quant_method")}
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config
+
+    def describe(self, version: str, zero_point: bool) -> None:
+        """Describe tensors in layout `version` from now on, under every name that the config came with."""
+        self.version, self.zero_point = version, zero_point
+        changed: dict[str, Any] = {name: version for name in _SYNONYMS["version"] if str(self.extra.get(name)).lower() in VERSIONS}
+        changed |= {"backend": "autoawq"} if self.extra.get("backend") == "llm-awq" else {}
+        changed |= {"pack_dtype": "int32"} if "pack_dtype" in self.extra else {}
+        changed |= {"sym": not zero_point} if "sym" in self.extra else {}
+        self.extra.update(changed)
 
     @classmethod
     def coerce(cls, config: TransformersAwqConfig) -> AwqConfig:

@@ -10,10 +10,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from awq_hf import compat
 from awq_hf.calibration.data import Windows, load_windows
-from awq_hf.checkpoint import convert_modules, read_headers
+from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.dense import make_dense
-from awq_hf.linear import AwqLinear
+from awq_hf.headers import read_headers
+from awq_hf.kernels.layout import GEMM, WIDE
+from awq_hf.linear import ScaledActivation
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import make_plan
 from awq_hf.recipe import Recipe
@@ -30,6 +32,7 @@ class AwqHfQuantizer(HfQuantizer):
         super().__init__(AwqConfig.coerce(quantization_config), **kwargs)
         self.windows: Windows | None = None
         self.recipe: Recipe | None = None
+        self.loading: Loading | None = None  # of a quantized checkpoint, between the two hooks
 
     def update_device_map(self, device_map: Any) -> Any:
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
@@ -41,11 +44,15 @@ class AwqHfQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
-        config = self.quantization_config
+        config, files = self.quantization_config, checkpoint_files or []
         if self.pre_quantized:
-            convert_modules(model, read_headers(checkpoint_files or []), config.spec(), config.version)
-        else:
-            self.prepare(model)
+            self.loading = begin(model, files, lambda _module: config.spec(), config.version)
+            return
+        for name in read_headers((file for file in files if file.endswith(".safetensors")), model.config.name_or_path):
+            if name.endswith(".qweight"):
+                raise ValueError(f"{name}: the checkpoint is quantized already, which its config.json should say in quantization_config")
+        self.prepare(model)
+        compat.when_loaded(model, lambda info: check_float_keys(model, info))
 
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""
@@ -75,9 +82,7 @@ class AwqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self.pre_quantized:
-            for module in model.modules():
-                if isinstance(module, AwqLinear):
-                    module.requires_grad_(False)  # the loader re-creates floating parameters with gradients
+            self._finish_loading(model)
             return model
         assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
@@ -90,14 +95,29 @@ class AwqHfQuantizer(HfQuantizer):
         compat.after_saving(model, lambda saved, directory: saved.awq_report.save(directory))
         return model
 
+    def _finish_loading(self, model: Any) -> None:
+        assert self.loading is not None
+        finish(model, self.loading)
+        config, specs = self.quantization_config, [model.get_submodule(name).spec for name in self.loading.layouts]
+        wide = config.version == WIDE or any(spec.bits != 4 for spec in specs)
+        config.describe(WIDE if wide else GEMM, zero_point=not all(spec.symmetric for spec in specs))
+        self.loading = None
+
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # The base class takes config.dtype, which is a name after saving, and not the model's when it was cast in memory.
         return super().dequantize(model, dtype=dtype or model.get_input_embeddings().weight.dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, ScaledActivation):
+                raise ValueError(f"{name} divides its outputs by scales of its own, which a plain {type(model).__name__} has no place for")
         make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
         compat.forget_after_saving(model)
         return model
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
     def is_serializable(self) -> bool:
         return True

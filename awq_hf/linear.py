@@ -1,4 +1,4 @@
-"""AwqLinear: the packed parameters of a quantized Linear and one op call."""
+"""AwqLinear: the packed parameters of a quantized Linear and one op call; ScaledActivation: what some checkpoints need beside it."""
 
 from __future__ import annotations
 
@@ -83,3 +83,19 @@ class AwqLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={s.bits}, group_size={s.group_size}, symmetric={s.symmetric}"
         )
+
+
+class ScaledActivation(nn.Module):
+    """act(x) / scales: where AutoAWQ scaled the inputs of a Linear that follows an activation and no weight could take the scales up.
+
+    scales: [channels], of the model's dtype, named as in AutoAWQ's checkpoints.
+    """
+
+    def __init__(self, act: nn.Module, channels: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.act = act
+        self.scales = nn.Parameter(torch.empty(channels, device=device), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(x)
+        return y / self.scales.to(y.dtype)

@@ -235,7 +235,7 @@ def _swapped(tensors: dict[str, Tensor]) -> None:
         (_cut, rf"{Q_PROJ}.qweight is I32 \[64, 4\], expected I32 \[64, 8\]"),
         (_swapped, f"{Q_PROJ}.scales is I32"),
         (_foreign, "model.tower.proj.qweight"),
-        (lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(".qweight")], "not quantized"),
+        (lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith((".qweight", ".qzeros"))], "not quantized"),
     ],
     ids=["no qweight", "no qzeros", "no scales", "no layer", "shape", "dtype", "foreign", "float"],
 )
