@@ -109,7 +109,7 @@ def unscale_zeros(scaled: Tensor, scales: Tensor) -> Tensor:
 
     Raises ValueError for values that are no code from 0 to 15: zero points off the grid cannot be kept in integers.
     """
-    exact = torch.where(scales == 0, scaled, -scaled.to(torch.float32) / scales.to(torch.float32))
+    exact = (-scaled.to(torch.float32) / scales.to(torch.float32)).masked_fill((scaled == 0) & (scales == 0), 0)
     zero_points = exact.round()
     # Product and scale are each off by up to half an eps of their dtype, relative to a zero point of up to 15.
     tolerance = 16 * max(torch.finfo(scaled.dtype).eps, torch.finfo(scales.dtype).eps)
