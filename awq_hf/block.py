@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from awq_hf import affine
 from awq_hf.affine import Grid, choose_grid, fake_quantize
@@ -29,6 +30,8 @@ from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.transforms.awq_clip import search_clip
 from awq_hf.transforms.awq_scale import Loss, ScaleChoice, search_scales
 from awq_hf.transforms.correction import corrected_target
+
+SAME = 0.02  # relative difference that the order of sums can make in bfloat16 within a block; a wrong code costs far more
 
 Candidate = tuple[Tensor, Grid]  # codes [out, in] and the grid they are on
 
@@ -64,10 +67,14 @@ class BlockWork:
     def discover_folds(self, call: Call, known: dict[Any, list[FoldPoint]]) -> None:
         """Find the block's folds, or take over those of an equal block and verify them on this one."""
         probe = BlockProbe(self.block, *call, self.linears)
-        self.groups = probe.input_groups()
-        ran = {name for group in self.groups for name in group}
-        for name in self.linears.keys() - ran:
-            self.report.left_in_float[f"{self.name}.{name}"] = "it did not run on the calibration text"
+        times = {name: probe.baseline.order.count(f"> {name}") for name in self.linears}
+        once = (tuple(name for name in group if times[name] == 1) for group in probe.input_groups())
+        self.groups = [group for group in once if group]
+        for name, count in times.items():
+            if count != 1 and name in self.specs:
+                del self.specs[name]
+                why = "it did not run on the calibration text" if count == 0 else f"it runs {count} times in its block"
+                self.report.left_in_float[f"{self.name}.{name}"] = why
         if self.recipe.scale is None:
             return
         signature = (type(self.block), *((n, tuple(p.shape)) for n, p in self.block.named_parameters()))
@@ -277,8 +284,23 @@ class BlockWork:
 
     # The result
 
-    def replace(self) -> None:
-        """Put AwqLinears in the place of what was quantized; the rest gets its class back."""
+    @torch.no_grad()
+    def replace(self, call: Call) -> None:
+        """Put AwqLinears in the place of what was quantized; the rest gets its class back. Raises ValueError where they do not fit in.
+
+        call: one on which the block must compute the same before and after.
+        """
+        expected = self.block(*call[0], **call[1])
+        self._put_in_place()
+        try:
+            packed = self.block(*call[0], **call[1])
+        except Exception as error:
+            raise ValueError(f"{self.name} does not run with quantized layers: {type(error).__name__}: {error}") from error
+        for a, b in zip(*(filter(torch.is_tensor, tree_flatten(output)[0]) for output in (packed, expected)), strict=True):
+            if a.is_floating_point() and float((a - b).float().norm()) > SAME * float(b.float().norm()):
+                raise RuntimeError(f"{self.name} computes something else with its weights packed; please report this")
+
+    def _put_in_place(self) -> None:
         for name, linear in self.linears.items():
             if name in self.quantized:
                 self.block.set_submodule(name, AwqLinear.from_quantized(self.quantized[name], linear.bias, self.kinds[name]))

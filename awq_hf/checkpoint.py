@@ -16,6 +16,7 @@ from awq_hf.headers import Headers, read_headers
 from awq_hf.kernels.foreign import GEMV, GEMV_FAST, VERSIONS, tensor_shapes, to_gemm
 from awq_hf.kernels.layout import GEMM, WIDE, layout_for, pack
 from awq_hf.linear import AwqLinear, ScaledActivation
+from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.spec import BITS, GROUP_SIZES, QuantSpec
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I16": torch.int16}
@@ -58,13 +59,14 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
     for owner, tensor in owners.items():
         name, operations = resolve(f"{owner}.weight", parameters)
         name = name.removesuffix(".weight")
-        if operations is not None or f"{name}.weight" not in parameters or not isinstance(model.get_submodule(name), nn.Linear):
+        if operations is not None or f"{name}.weight" not in parameters or not is_matrix(model.get_submodule(name)):
             raise ValueError(_no_place(tensor, operations, model))
         stored = _Stored(owner, model.get_submodule(name), headers, spec_of(name))
         layouts[name] = stored.layout(declared, version)
         model.set_submodule(name, stored.empty(layouts[name]))
         compat.untie(model, f"{name}.weight")
     _scale_activations(model, headers, resolve)
+    compat.skip_initialization(model, layouts)
     return layouts
 
 
@@ -90,10 +92,10 @@ def _no_place(tensor: str, operations: str | None, model: Any) -> str:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A quantized module as the headers describe it: its name in the file, and the Linear that it stands for."""
+    """A quantized module as the headers describe it: its name in the file, and the matrix that it stands for."""
 
     owner: str
-    linear: nn.Linear
+    matrix: nn.Module
     headers: Headers
     spec: QuantSpec
 
@@ -115,12 +117,12 @@ class _Stored:
 
     def _misfit(self, layout: str, spec: QuantSpec) -> str | None:
         """Why the tensors are not a matrix of `spec` in `layout`, or None."""
-        n_in, n_out = self.linear.in_features, self.linear.out_features
+        n_out, n_in = shape_of(self.matrix)
         try:
             expected = tensor_shapes(layout, n_in, n_out, spec.group_width(n_in), spec.bits)
         except ValueError as error:
             return f"{self.owner}: {error}; the config asks"
-        if self.linear.bias is not None or f"{self.owner}.bias" in self.headers:
+        if getattr(self.matrix, "bias", None) is not None or f"{self.owner}.bias" in self.headers:
             expected["bias"] = ((n_out,), (torch.float16, torch.bfloat16, torch.float32))
         for part, (shape, dtypes) in expected.items():
             name = f"{self.owner}.{self._zeros_name(layout) if part == 'zeros' else part}"
@@ -138,7 +140,7 @@ class _Stored:
                 for layout in (GEMM, GEMV, GEMV_FAST) if bits == 4 else (WIDE,):
                     if self._misfit(layout, QuantSpec(bits, group_size)) is None:
                         return f"; the tensors look like bits={bits}, group_size={group_size}, version {layout!r}"
-        n_in, n_out = self.linear.in_features, self.linear.out_features
+        n_out, n_in = shape_of(self.matrix)
         if qweight and qweight.shape == (n_in // 16, n_out * 2):
             return "; the tensors look like version 'marlin', which cannot be read"
         if f"{self.owner}.g_idx" in self.headers:
@@ -147,8 +149,9 @@ class _Stored:
 
     def empty(self, layout: str) -> AwqLinear:
         """An AwqLinear on the meta device whose parameters have the shapes and dtypes of the file."""
-        linear, bias = self.linear, f"{self.owner}.bias" in self.headers
-        awq = AwqLinear(linear.in_features, linear.out_features, self.spec, bias, linear.weight.dtype, "meta")
+        n_out, n_in = shape_of(self.matrix)
+        bias, dtype = f"{self.owner}.bias" in self.headers, self.matrix.get_parameter("weight").dtype
+        awq = AwqLinear(n_in, n_out, self.spec, bias, dtype, "meta", replaces=type(self.matrix))
         del awq.qzeros
         for part in ("qweight", self._zeros_name(layout), "scales"):
             info = self.headers[f"{self.owner}.{part}"]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
+from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
-
-__all__ = ["Conv1D", "after_saving", "forget_after_saving", "progress_bar", "register", "unregister"]
 
 METHOD = "awq"
 _originals: tuple[Any, Any] | None = None
@@ -96,3 +94,15 @@ def untie(model: Any, name: str) -> None:
     """Forget that the parameter `name` is another one's: a quantized head shares nothing with the embedding."""
     if model.all_tied_weights_keys.pop(name, None) is not None:
         model.config.get_text_config().tie_word_embeddings = False
+
+
+def skip_initialization(model: Any, names: Iterable[str]) -> None:
+    """Have from_pretrained not initialize the modules that contain `names`: some reach for the .weight of the Linears that were there.
+
+    Only those without tensors of their own; what is missing from a quantized checkpoint is an error, and is not initialized.
+    """
+    above = {".".join(parts[:n]) for name in names for parts in [name.split(".")] for n in range(1, len(parts))}
+    for name in above:
+        module = model.get_submodule(name)
+        if not module._parameters and not module._buffers:
+            module._is_hf_initialized = True

@@ -100,8 +100,13 @@ class AwqConfig(TransformersAwqConfig):
         bits, group_size, zero_point = (options.get(key, getattr(self, key)) for key in ("bits", "group_size", "zero_point"))
         return QuantSpec(bits, group_size, symmetric=not zero_point)
 
+    def spec_of(self, module_name: str) -> QuantSpec:
+        """How a module of a quantized checkpoint is stored. The skip list has no say: the tensors tell what is quantized."""
+        return next((spec for part, spec in self.recipe().overrides if spec is not None and part in module_name), self.spec())
+
     def recipe(self, positions: int | None = None) -> Recipe:
         """The same options as the pipeline takes them. positions: how many tokens the model takes at once, where that is known."""
+        positions = positions if positions is not None and positions > 0 else None  # XLNet's has none and says -1
         if positions is not None and self.seq_len is not None and self.seq_len > positions:
             raise ValueError(f"seq_len={self.seq_len} is longer than the {positions} positions of the model; give at most {positions}")
         return Recipe(

@@ -46,7 +46,7 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
         if self.pre_quantized:
-            self.loading = begin(model, files, lambda _module: config.spec(), config.version)
+            self.loading = begin(model, files, config.spec_of, config.version)
             return
         for name in read_headers((file for file in files if file.endswith(".safetensors")), model.config.name_or_path):
             if name.endswith(".qweight"):

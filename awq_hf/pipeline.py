@@ -69,7 +69,7 @@ def _quantize_blocks(model: nn.Module, recipe: Recipe, plan: Plan, windows: Wind
         work.choose_scales()
         quantized_stream.outputs = work.round_groups(quantized_calls)
         with report.timed("packing"):
-            work.replace()
+            work.replace(probe_calls[0])
         if progress:
             bar.set_postfix_str(work.loss_line())
 

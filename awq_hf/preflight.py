@@ -33,6 +33,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     Raises ValueError naming every larger one that cannot be stored, the sizes that would work, and how to leave it in float; and
     when nothing is left to quantize, or an override names nothing.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only models of one of them can be quantized")
     prefix, blocks = find_blocks(model)
     specs: dict[str, QuantSpec] = {}
     left: dict[str, str] = {}

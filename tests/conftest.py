@@ -42,12 +42,12 @@ def _quiet() -> None:
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Any]:
-    """random_model(config, dtype): its weights, norms and biases are all random: norms at 1 and biases at 0 hide errors."""
+    """random_model(config, dtype, auto class): its weights, norms and biases are all random: norms at 1 and biases at 0 hide errors."""
     from transformers import AutoModelForCausalLM
 
-    def build(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    def build(config: Any, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM) -> Any:
         generator = torch.Generator().manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto.from_config(config, dtype=torch.float32).eval()
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:  # a norm at 1 (or at 0, where the module adds 1), or a bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+
+from awq_hf.blocks import find_blocks
 
 SIZES = dict(
     vocab_size=96,
@@ -36,7 +38,31 @@ OPT_SIZES = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+TINY = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MULTI_HEAD = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+FALCON_SIZES = dict(**TINY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 WINDOWED = dict(head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"])  # windows are longer than 8
+
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+QWEN_VL = dict(
+    text_config=dict(**SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}),
+    vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[1]),
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+)
+LLAVA = dict(text_config=dict(model_type="llama", **SIZES), vision_config=dict(model_type="clip_vision_model", **VISION), image_token_id=90)
+LLAVA_TOWERS = ("model.vision_tower", "model.multi_modal_projector", "vision_tower", "multi_modal_projector")
+GEMMA3_VL = dict(
+    text_config=dict(**SIZES, **WINDOWED),
+    vision_config=VISION,
+    mm_tokens_per_image=4,
+    image_token_id=90,
+    boi_token_index=91,
+    eoi_token_index=92,
+)
+IMAGES = "AutoModelForImageTextToText"
 
 Folds = dict[str | None, str]  # producer -> its consumers; None: those that have no producer
 
@@ -88,7 +114,6 @@ BLOOM: Folds = {
 }
 STARCODER2: Folds = {"input_layernorm": QKV, "post_attention_layernorm": "mlp.c_fc", None: "mlp.c_proj", **VALUES}
 GPT2: Folds = {"ln_1": "attn.c_attn", "attn.c_attn": "attn.c_proj", "ln_2": "mlp.c_fc", None: "mlp.c_proj"}
-BIGCODE: Folds = GPT2
 MPT: Folds = {"norm_1": "attn.Wqkv", "attn.Wqkv": "attn.out_proj", "norm_2": "ffn.up_proj", None: "ffn.down_proj"}
 PHI: Folds = {
     "input_layernorm": f"{QKV} mlp.fc1",
@@ -100,13 +125,14 @@ BERT: Folds = {  # norms come after the branches, and the residual reads them to
     None: "attention.self.query attention.self.key attention.self.value intermediate.dense output.dense",
     "attention.self.value": "attention.output.dense",
 }
-MODERNBERT: Folds = {"attn_norm": "attn.Wqkv", "attn.Wqkv": "attn.Wo", "mlp_norm": "mlp.Wi", "mlp.Wi": "mlp.Wo"}
 
 
 class Architecture(NamedTuple):
     config: str
     sizes: dict[str, Any]
     folds: Folds
+    auto: str = "AutoModelForCausalLM"
+    alone: tuple[str, ...] = ()  # entries of the skip list, but for the head's
 
 
 ARCHITECTURES = {
@@ -124,7 +150,24 @@ ARCHITECTURES = {
     "cohere": Architecture("CohereConfig", SIZES, {"input_layernorm": f"{QKV} {GATED}", **VALUES, **UP}),  # parallel branches
     "olmo2": Architecture("Olmo2Config", SIZES, {None: f"{QKV} {GATED}", **VALUES, **UP}),  # norms come after the branches
     "glm4": Architecture("Glm4Config", {**SIZES, "head_dim": 16}, GLM4),
-    "neox": Architecture("GPTNeoXConfig", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, NEOX),
+    "phi": Architecture("PhiConfig", SIZES, PHI),
+    "nemotron": Architecture("NemotronConfig", SIZES, NEMOTRON),
+    "starcoder2": Architecture("Starcoder2Config", {**SIZES, "use_bias": True}, STARCODER2),
+    "neox": Architecture("GPTNeoXConfig", MULTI_HEAD, NEOX),
+    "neox, one after the other": Architecture("GPTNeoXConfig", {**MULTI_HEAD, "use_parallel_residual": False}, NEOX),
+    "falcon": Architecture("FalconConfig", {**FALCON_SIZES, "multi_query": True}, FALCON),
+    "falcon, alibi": Architecture("FalconConfig", {**FALCON_SIZES, "multi_query": False, "alibi": True, "bias": True}, FALCON),
+    "falcon, new decoder": Architecture("FalconConfig", {**FALCON_SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}, FALCON_2),
+    "bloom": Architecture("BloomConfig", {**TINY, "n_layer": 2, "n_head": 4, "hidden_size": 64}, BLOOM),
+    "mpt": Architecture("MptConfig", {**TINY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, MPT),
+    "gpt2": Architecture("GPT2Config", {**TINY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, GPT2),
+    "gpt-bigcode": Architecture("GPTBigCodeConfig", {**TINY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, GPT2),
+    "bert": Architecture("BertConfig", MULTI_HEAD, BERT, "AutoModelForMaskedLM", ("cls",)),
+    "bert, classifier": Architecture("BertConfig", MULTI_HEAD, BERT, "AutoModelForSequenceClassification", ("bert.pooler", "pooler")),
+    "llama, classifier": Architecture("LlamaConfig", SIZES, LLAMA, "AutoModelForSequenceClassification"),
+    "qwen2.5-vl": Architecture("Qwen2_5_VLConfig", QWEN_VL, LLAMA, IMAGES, ("model.visual", "visual")),
+    "llava": Architecture("LlavaConfig", LLAVA, LLAMA, IMAGES, LLAVA_TOWERS),
+    "gemma3, images": Architecture("Gemma3Config", GEMMA3_VL, GEMMA, IMAGES, ("model.vision_tower", "vision_tower")),
 }
 
 
@@ -135,7 +178,8 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 @pytest.fixture(scope="module")
 def original(architecture: Architecture, random_model: Callable[..., Any]) -> Any:
-    return random_model(getattr(transformers, architecture.config)(**architecture.sizes))
+    config = getattr(transformers, architecture.config)(**architecture.sizes)
+    return random_model(config, auto=getattr(transformers, architecture.auto))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +190,13 @@ def checkpoint(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantized(checkpoint: Path, small_config: Callable[..., Any]) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=small_config())
+def load(architecture: Architecture) -> Callable[..., Any]:
+    return getattr(transformers, architecture.auto).from_pretrained
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path, load: Callable[..., Any], small_config: Callable[..., Any]) -> Any:
+    return load(checkpoint, quantization_config=small_config())
 
 
 def relative_error(changed: Any, original: Any, prompt: Tensor) -> float:
@@ -156,27 +205,39 @@ def relative_error(changed: Any, original: Any, prompt: Tensor) -> float:
         return float((changed(prompt).logits - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
 
 
-def test_generates_and_survives_the_round_trip_bit_for_bit(quantized: Any, prompt: Tensor, tmp_path: Path) -> None:
-    assert quantized.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (2, 16)
+def test_generates_and_survives_the_round_trip_bit_for_bit(
+    quantized: Any, load: Callable[..., Any], prompt: Tensor, tmp_path: Path
+) -> None:
     quantized.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load(tmp_path)
     assert torch.equal(loaded(prompt).logits, quantized(prompt).logits)
-    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert torch.equal(loaded.generate(prompt, **options), quantized.generate(prompt, **options))
+    if quantized.can_generate():
+        options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        generated = quantized.generate(prompt, **options)
+        assert generated.shape == (2, 16) and torch.equal(loaded.generate(prompt, **options), generated)
+
+
+def test_becomes_a_plain_model_again(quantized: Any, load: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
+    plain = copy.deepcopy(quantized).dequantize()
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    torch.testing.assert_close(load(tmp_path)(prompt).logits, quantized(prompt).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_finds_the_folds_of_every_block(architecture: Architecture, quantized: Any) -> None:
     expected = {consumer: producer for producer, consumers in architecture.folds.items() for consumer in consumers.split()}
-    layers = quantized.awq_report.layers
-    assert len(layers) == 2 * len(expected)
-    for index in range(2):
-        found = {layer.name.split(f"layers.{index}.")[1]: layer.fold for layer in layers if f"layers.{index}." in layer.name}
-        assert found == expected
+    prefix, blocks = find_blocks(quantized)
+    found = {layer.name: layer.fold for layer in quantized.awq_report.layers}
+    assert found == {f"{prefix}.{i}.{consumer}": producer for i in range(len(blocks)) for consumer, producer in expected.items()}
 
 
-def test_report_names_what_stays_float(quantized: Any) -> None:
+def test_what_is_outside_of_the_blocks_stays_float_and_is_named(architecture: Architecture, quantized: Any) -> None:
     linears = {name for name, module in quantized.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert quantized.awq_report.left_in_float == dict.fromkeys(linears, "outside the decoder's blocks")
+    assert linears and quantized.awq_report.left_in_float == dict.fromkeys(linears, "outside the decoder's blocks")
+    heads = {"lm_head", "classifier", "score"}
+    entries = quantized.config.quantization_config.modules_to_not_convert
+    assert {entry for entry in entries if entry not in heads} == set(architecture.alone)
+    assert quantized.awq_report.notes == []
 
 
 def test_no_layer_is_worse_than_plain_rounding(quantized: Any) -> None:
@@ -184,42 +245,9 @@ def test_no_layer_is_worse_than_plain_rounding(quantized: Any) -> None:
     assert worse == {}
 
 
-def test_folding_keeps_the_function(checkpoint: Path, original: Any, small_config: Callable[..., Any], prompt: Tensor) -> None:
-    """At 8 bits little is lost to rounding, so a wrong fold (a bias, a head, 1 + w) would stand out."""
-    quantized = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=small_config(bits=8))
-    assert any(layer.alpha > 0 for layer in quantized.awq_report.layers)
-    assert relative_error(quantized, original, prompt) < 0.03
-
-
-@pytest.mark.parametrize("skip", ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "layers.0"])
-@pytest.mark.parametrize("group_size", [32, 64])
-def test_layers_that_stay_float_keep_the_function(
-    skip: str, group_size: int, tiny_llama: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor
+def test_folding_keeps_the_function(
+    checkpoint: Path, load: Callable[..., Any], original: Any, small_config: Callable[..., Any], prompt: Tensor
 ) -> None:
-    """Producers or consumers of a fold that are not quantized still take part in it, whether or not groups would fit them."""
-    import awq_hf
-
-    original = tiny_llama(intermediate_size=96 if group_size == 32 or skip == "down_proj" else 128)
-    expected = {name for name, module in original.named_modules() if isinstance(module, torch.nn.Linear) and skip in name}
-    config = small_config(bits=8, group_size=group_size, modules_to_not_convert=[skip])
-    quantized = awq_hf.quantize(tiny_llama(intermediate_size=original.config.intermediate_size), config)
-    reasons = quantized.awq_report.left_in_float
-    assert {name for name, reason in reasons.items() if reason == "modules_to_not_convert"} == expected
+    """At 8 bits little is lost to rounding, so a wrong fold (a bias, a head, 1 + w) would stand out."""
+    quantized = load(checkpoint, quantization_config=small_config(bits=8))
     assert relative_error(quantized, original, prompt) < 0.03
-
-
-def test_fused_experts_that_stay_float_are_reported(random_model: Callable[..., Any], small_config: Callable[..., Any]) -> None:
-    import awq_hf
-
-    config = transformers.Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    quantized = awq_hf.quantize(random_model(config), small_config())
-    for index in range(2):
-        assert any(name.startswith(f"model.layers.{index}.mlp.experts") for name in quantized.awq_report.left_in_float)
-
-
-def test_models_without_linears_are_refused_with_their_reason(random_model: Callable[..., Any], small_config: Callable[..., Any]) -> None:
-    import awq_hf
-
-    model = random_model(transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=128))
-    with pytest.raises(ValueError, match="Conv1D"):
-        awq_hf.quantize(model, small_config())

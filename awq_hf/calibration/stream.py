@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -50,14 +50,19 @@ class BlockStream:
     blocks: nn.ModuleList
     batches: Sequence[Batch]
     outputs: list[Any] | None = None  # of the block before the next one, one entry a batch
+    last: list[Call] | None = None  # the calls of that block
 
     def fork(self) -> BlockStream:
-        return BlockStream(self.model, self.blocks, self.batches, self.outputs)
+        return BlockStream(self.model, self.blocks, self.batches, self.outputs, self.last)
 
     @torch.no_grad()
     def calls(self, index: int) -> list[Call]:
         """The arguments with which the model calls block `index`, one call a batch."""
-        return [self._call(index, i, batch) for i, batch in enumerate(self.batches)]
+        calls = [self._call(index, i, batch) for i, batch in enumerate(self.batches)]
+        for call, before in zip(calls, self.last or (), strict=self.last is not None):
+            _carry_on(call, before)
+        self.last = calls
+        return calls
 
     def _call(self, index: int, position: int, batch: Batch) -> Call:
         recorded: list[Call] = []
@@ -80,6 +85,13 @@ class BlockStream:
     def advance(self, index: int, calls: Sequence[Call]) -> None:
         """Run block `index` on its calls and keep what it returns."""
         self.outputs = in_parallel(lambda call: self.blocks[index](*call[0], **call[1]), calls)
+
+
+def _carry_on(call: Call, before: Call) -> None:
+    """Blocks may hand each other more than their output in a mapping (keys and values that later ones share): carry it along."""
+    for name, value in call[1].items():
+        if isinstance(value, MutableMapping) and isinstance(before[1].get(name), Mapping):
+            value.update(before[1][name])
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

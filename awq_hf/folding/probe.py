@@ -10,7 +10,7 @@ residual connection, a router) shows up there. The block runs as a float32 copy,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +38,8 @@ class BlockProbe:
     """
 
     def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], linears: Iterable[str]) -> None:
-        as_float = lambda t: t.to(torch.float32) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
         self.block = copy.deepcopy(block).to(torch.float32).eval()
-        self.args, self.kwargs = tree_map(as_float, args), {k: tree_map(as_float, v) for k, v in kwargs.items()}
+        self.args, self.kwargs = _float_copy(args), _float_copy(dict(kwargs))
         self.linears = list(linears)
         self.producers = [
             name
@@ -76,12 +75,13 @@ class BlockProbe:
         for name in self.producers:
             handles.append(self.block.get_submodule(name).register_forward_hook(on_output(name)))
         try:
-            args, kwargs = tree_map(_cloned, (self.args, self.kwargs))  # a block may change its arguments in place
+            args, kwargs = _float_copy((self.args, self.kwargs))  # a block may change its arguments in place
             output = torch.func.functional_call(self.block, dict(parameters or {}), args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        run.output = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+        shared = [dict(value) for value in kwargs.values() if isinstance(value, MutableMapping)]  # what later blocks will read
+        run.output = [t for t in tree_flatten((output, shared))[0] if isinstance(t, Tensor) and t.is_floating_point()]
         return run
 
     def input_groups(self) -> list[tuple[str, ...]]:
@@ -101,8 +101,18 @@ class BlockProbe:
         )
 
 
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _float_copy(arguments: Any) -> Any:
+    """The arguments of a call, with tensors copied (floating ones to float32), and mappings that blocks share too."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(torch.float32, copy=True) if value.is_floating_point() else value.clone()
+        if isinstance(value, MutableMapping):  # not one that tree_map knows
+            value = copy.copy(value)
+            value.update({key: _float_copy(inner) for key, inner in value.items()})
+        return value
+
+    return tree_map(copied, arguments)
 
 
 def _channel_error(changed: Tensor, expected: Tensor) -> Tensor:
@@ -256,18 +266,18 @@ def _gain_of(probe: BlockProbe, producer: str) -> Gain | None:
     module = probe.block.get_submodule(producer)
     if isinstance(module, nn.Linear):
         return "rows"
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    calls: list[tuple[Any, Any]] = []
+    handle = module.register_forward_pre_hook(lambda _m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     probe.run()
     handle.remove()
-    channels = len(weight_of(module))
-    halves = torch.exp2(-(torch.arange(channels, device=seen[0].device) % 3).to(torch.float32))
+    (args, kwargs), weight = calls[0], weight_of(module)
+    halves = torch.exp2(-(torch.arange(len(weight), device=weight.device) % 3).to(torch.float32))
     gains: tuple[Gain, ...] = ("weight", "weight+1")
     with torch.no_grad():
-        expected = module(seen[0]) * halves
+        expected = module(*args, **kwargs) * halves
         for gain in gains:
             fold = FoldPoint(producer, gain, torch.empty(0), ())
-            changed = torch.func.functional_call(module, divided_parameters(fold, module, 1 / halves), (seen[0],))
+            changed = torch.func.functional_call(module, divided_parameters(fold, module, 1 / halves), args, kwargs)
             if bool((_channel_error(changed, expected) <= TOLERANCE).all()):
                 return gain
     return None

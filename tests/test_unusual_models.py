@@ -1,0 +1,124 @@
+"""Models that are not like the others: layers left out, experts, shapes that do not fit, and what is refused with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import awq_hf
+
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def relative_error(changed: Any, original: Any, prompt: Tensor) -> float:
+    with torch.no_grad():
+        expected = original(prompt).logits
+        return float((changed(prompt).logits - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
+
+
+@pytest.mark.parametrize("skip", ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "layers.0"])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_layers_that_stay_float_keep_the_function(
+    skip: str, group_size: int, tiny_llama: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor
+) -> None:
+    """Producers or consumers of a fold that are not quantized still take part in it, whether or not groups would fit them."""
+    original = tiny_llama(intermediate_size=96 if group_size == 32 or skip == "down_proj" else 128)
+    expected = {name for name, module in original.named_modules() if isinstance(module, torch.nn.Linear) and skip in name}
+    config = small_config(bits=8, group_size=group_size, modules_to_not_convert=[skip])
+    quantized = awq_hf.quantize(tiny_llama(intermediate_size=original.config.intermediate_size), config)
+    reasons = quantized.awq_report.left_in_float
+    assert {name for name, reason in reasons.items() if reason == "modules_to_not_convert"} == expected
+    assert relative_error(quantized, original, prompt) < 0.03
+
+
+def test_fused_experts_that_stay_float_are_reported(random_model: Callable[..., Any], small_config: Callable[..., Any]) -> None:
+    config = transformers.Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    quantized = awq_hf.quantize(random_model(config), small_config())
+    for index in range(2):
+        assert any(name.startswith(f"model.layers.{index}.mlp.experts") for name in quantized.awq_report.left_in_float)
+
+
+def test_keys_and_values_that_later_blocks_share_are_handed_on(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor
+) -> None:
+    """Gemma 3n: the last two blocks read keys and values of earlier ones. Small matrices stay float, and one that runs twice."""
+    config = transformers.Gemma3nTextConfig(
+        **{**SIZES, "num_hidden_layers": 4},
+        head_dim=16,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=32,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        sliding_window=8,
+    )
+    quantized = awq_hf.quantize(random_model(config), small_config(bits=8))
+    assert relative_error(quantized, random_model(config), prompt) < 0.03
+    reasons = {name: why for name, why in quantized.awq_report.left_in_float.items() if "altup.correction_coefs" in name}
+    assert len(reasons) == 4 and set(reasons.values()) == {"small, and in_features 4 is not divisible by group_size 32"}
+    routers = [why for name, why in quantized.awq_report.left_in_float.items() if "modality_router" in name]
+    assert routers == ["it runs 2 times in its block"] * 4
+
+
+def test_overrides_are_stored_and_loaded(
+    tiny_llama: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Any
+) -> None:
+    overrides = {"layers.0.self_attn.q_proj": None, "self_attn": {"bits": 8}, "down_proj": {"bits": 2, "group_size": 16}}
+    quantized = awq_hf.quantize(tiny_llama(), small_config(overrides=overrides))
+    specs = {name: (m.spec.bits, m.spec.group_size) for name, m in quantized.named_modules() if isinstance(m, awq_hf.AwqLinear)}
+    assert "model.layers.0.self_attn.q_proj" not in specs and specs["model.layers.1.self_attn.q_proj"] == (8, 32)
+    assert specs["model.layers.0.mlp.down_proj"] == (2, 16) and specs["model.layers.1.mlp.up_proj"] == (4, 32)
+    quantized.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(prompt).logits, quantized(prompt).logits)
+    written = loaded.config.quantization_config.to_dict()
+    assert written["version"] == "awq_hf" and "layers.0.self_attn.q_proj" not in written["overrides"]
+    assert written["modules_to_not_convert"] == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    assert any("vLLM loads q_proj, k_proj, v_proj as one matrix" in note for note in quantized.awq_report.notes)
+
+
+@pytest.mark.parametrize(
+    "auto, config, message",
+    [
+        (
+            "AutoModelForMaskedLM",
+            transformers.AlbertConfig(**SIZES | {"embedding_size": 32}),
+            "calls albert.encoder.albert_layer_groups.0 2 times for one text",
+        ),
+        (
+            "AutoModelForSeq2SeqLM",
+            transformers.T5Config(vocab_size=96, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16),
+            "T5ForConditionalGeneration has an encoder and a decoder",
+        ),
+        (
+            "AutoModelForCausalLM",
+            transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8),
+            r"dt_proj: in_features 4 is not divisible by group_size 32(.|\n)*modules_to_not_convert=\['dt_proj', 'x_proj'\]",
+        ),
+    ],
+    ids=["albert", "t5", "mamba"],
+)
+def test_what_cannot_be_quantized_is_refused_with_its_reason(
+    auto: str, config: Any, message: str, random_model: Callable[..., Any], small_config: Callable[..., Any]
+) -> None:
+    model = random_model(config, auto=getattr(transformers, auto))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        awq_hf.quantize(model, small_config())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "nothing was changed"
