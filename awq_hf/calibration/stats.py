@@ -10,8 +10,6 @@ so that no activation is kept, and a candidate costs out * in^2 whatever the num
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,55 +18,69 @@ from awq_hf.parallel import by_rows, in_parallel, row_pieces
 ROWS_OF_MOMENTS = 256  # of [in, in] that one thread sums at a time
 
 
-@dataclass
 class Moments:
-    """H, P and R above, as sums over tokens in float32 [in, in]. P and R stay None while the input has no error (x = x0)."""
+    """H, P and R above, float32 [in, in]. P and R are None while the input has no error (x = x0).
 
-    tokens: int = 0
-    xx: Tensor | None = None
-    ex: Tensor | None = None
-    ee: Tensor | None = None
+    Sums while tokens are added; the first read divides them in place, since these matrices are the largest of a run.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: dict[str, Tensor] = {}
+        self._divided = False
 
     def add(self, x: Tensor, x0: Tensor | None = None, want_ee: bool = False) -> None:
-        """Count tokens in: x and x0 [tokens, in], any float dtype; x0 None where the streams are the same."""
+        """Count tokens in: x and x0 [tokens, in], any float dtype; x0 None where the streams are the same. want_ee: R is needed."""
+        if self._divided:
+            raise RuntimeError("the moments have been read; no tokens can be added")
         x = x.to(torch.float32)
         self.tokens += x.shape[0]
-        self.xx = _accumulate(self.xx, x, x)
+        self._accumulate("H", x, x)
         if x0 is not None:
             e = x - x0.to(torch.float32)
-            self.ex = _accumulate(self.ex, e, x)
+            self._accumulate("P", e, x)
             if want_ee:
-                self.ee = _accumulate(self.ee, e, e)
+                self._accumulate("R", e, e)
+
+    def _accumulate(self, name: str, a: Tensor, b: Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = a.new_zeros(a.shape[1], b.shape[1])
+        total = self._sums[name]
+        in_parallel(lambda rows: total[rows].addmm_(a[:, rows].T, b), row_pieces(total, ROWS_OF_MOMENTS))
+
+    def _mean(self, name: str) -> Tensor | None:
+        if not self._divided:
+            for total in self._sums.values():
+                total.div_(self.tokens)
+            self._divided = True
+        return self._sums.get(name)
 
     @property
     def H(self) -> Tensor:  # noqa: N802  (the papers' letter)
-        """E[x x^T], float32 [in, in]."""
-        if self.xx is None:
+        """E[x x^T]"""
+        if not self.tokens:
             raise RuntimeError("no calibration token reached this layer")
-        return self.xx / self.tokens
+        H = self._mean("H")  # noqa: N806
+        assert H is not None
+        return H
 
     @property
     def P(self) -> Tensor | None:  # noqa: N802
-        """E[e x^T], float32 [in, in], or None where e = 0."""
-        return None if self.ex is None else self.ex / self.tokens
+        """E[e x^T], or None where e = 0."""
+        return self._mean("P")
 
     @property
     def R(self) -> Tensor | None:  # noqa: N802
-        """E[e e^T], float32 [in, in], or None where e = 0 or it was not asked for."""
-        return None if self.ee is None else self.ee / self.tokens
+        """E[e e^T], or None where e = 0 or it was not asked for."""
+        return self._mean("R")
 
     def scaled(self, scales: Tensor) -> Moments:
         """The moments of x / scales: what the folded Linear sees. scales: [in]."""
         outer = scales[:, None] * scales
-        divide = lambda t: None if t is None else t / outer  # noqa: E731
-        return Moments(self.tokens, divide(self.xx), divide(self.ex), divide(self.ee))
-
-
-def _accumulate(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a^T b, [in, in], in place."""
-    total = a.new_zeros(a.shape[1], b.shape[1]) if total is None else total
-    in_parallel(lambda rows: total[rows].addmm_(a[:, rows].T, b), row_pieces(total, ROWS_OF_MOMENTS))
-    return total
+        result = Moments()
+        result.tokens, result._divided = self.tokens, self._divided
+        result._sums = {name: total / outer for name, total in self._sums.items()}
+        return result
 
 
 class OutputError:

@@ -29,15 +29,18 @@ class RoundingFailed(ArithmeticError):
 def damped(H: Tensor) -> Tensor:  # noqa: N803
     """H with DAMP mean(diag H) on its diagonal; a channel that is always zero gets 1 there, so that H can be inverted."""
     diagonal = H.diagonal()
-    shift = torch.where(diagonal == 0, 1.0, DAMP * diagonal.mean())
-    return H + torch.diag(shift)
+    result = H.clone()
+    result.diagonal().add_(torch.where(diagonal == 0, 1.0, DAMP * diagonal.mean()))
+    return result
 
 
-def inverse_factor(H: Tensor) -> Tensor:  # noqa: N803
-    """U upper triangular with H^-1 = U^T U. Raises RoundingFailed."""
-    L, failed = torch.linalg.cholesky_ex(H)  # noqa: N806
+def inverse_factor(H: Tensor, order: Tensor) -> Tensor:  # noqa: N803
+    """U upper triangular with H^-1 = U^T U, rows and columns of H taken in `order`. Raises RoundingFailed."""
+    L, failed = torch.linalg.cholesky_ex(H[order[:, None], order])  # noqa: N806
     if not bool(failed):
-        U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)  # noqa: N806
+        inverse = torch.cholesky_inverse(L)
+        del L  # these are the largest matrices of a run
+        U, failed = torch.linalg.cholesky_ex(inverse, upper=True)  # noqa: N806
         if not bool(failed) and bool(torch.isfinite(U).all()):
             return U
     raise RoundingFailed("the second moment of the layer's input is not positive definite")
@@ -55,7 +58,7 @@ class Prepared:
     def of(cls, H: Tensor) -> Prepared:  # noqa: N803
         H = damped(H)  # noqa: N806
         order = H.diagonal().argsort(descending=True, stable=True)
-        return cls(H, order, inverse_factor(H[order][:, order]))
+        return cls(H, order, inverse_factor(H, order))
 
 
 def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, Grid]:  # noqa: N803

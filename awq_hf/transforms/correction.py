@@ -24,8 +24,10 @@ def corrected_target(weight: Tensor, train: Moments, held: Moments | None) -> tu
     if train.P is None:
         return weight, 0.0
     H = train.H  # noqa: N806
-    damped = H + torch.eye(len(H), device=H.device) * (DAMP * H.diagonal().mean())
+    damped = H.clone()
+    damped.diagonal().add_(DAMP * H.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if bool(failed):
         return weight, 0.0
     P = train.P  # noqa: N806

@@ -109,9 +109,9 @@ def test_sums_are_float32_whatever_the_inputs_are(dtype: torch.dtype) -> None:
     found = Moments()
     for part in x.split(7):
         found.add(part, part * 0, want_ee=True)
-    for total in (found.xx, found.ex, found.ee):
-        assert total is not None and total.dtype == torch.float32
-        assert torch.equal(total, torch.full((IN, IN), 750.0))  # bfloat16 would have stuck at 256
+    for mean in (found.H, found.P, found.R):
+        assert mean is not None and mean.dtype == torch.float32
+        assert torch.equal(mean, torch.full((IN, IN), 750.0) / 3000)  # bfloat16 would have stuck at 256
 
 
 def test_inputs_are_left_alone_and_not_kept() -> None:
@@ -128,3 +128,11 @@ def test_inputs_are_left_alone_and_not_kept() -> None:
 def test_a_layer_without_tokens_says_so() -> None:
     with pytest.raises(RuntimeError, match="no calibration token reached this layer"):
         _ = Moments().H
+
+
+def test_what_has_been_read_takes_no_more_tokens() -> None:
+    found = Moments()
+    found.add(integers(4, IN))
+    assert torch.equal(found.H, found.H)
+    with pytest.raises(RuntimeError, match="have been read"):
+        found.add(integers(4, IN))

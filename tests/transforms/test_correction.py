@@ -90,6 +90,6 @@ def test_an_unusable_statistic_leaves_the_weight_alone() -> None:
 
 def test_arguments_are_left_alone() -> None:
     w, train = weight(), moments(*inputs(50, 0.3, 0))
-    before = [t.clone() for t in (w, train.xx, train.ex) if t is not None]
+    before = [t.clone() for t in (w, train.H, train.P) if t is not None]
     corrected_target(w, train, train)
-    assert all(torch.equal(a, b) for a, b in zip(before, [t for t in (w, train.xx, train.ex) if t is not None], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, [t for t in (w, train.H, train.P) if t is not None], strict=True))
