@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from awq_hf import affine
-from awq_hf.affine import Grid, choose_grid, fake_quantize
+from awq_hf.affine import choose_grid, fake_quantize, to_quantized_weight
 from awq_hf.blocks import matrices_of
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.paused import PausedForwards
@@ -19,21 +18,16 @@ from awq_hf.calibration.stream import Call, capture_inputs
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
 from awq_hf.folding.probe import verify
+from awq_hf.layer import Rounded, best_of, round_together
 from awq_hf.linear import AwqLinear
 from awq_hf.matrices import as_kind, as_linear
 from awq_hf.parallel import in_parallel
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
-from awq_hf.rounding import ROUNDERS
-from awq_hf.rounding.gptq import RoundingFailed
 from awq_hf.spec import QuantizedWeight, QuantSpec
-from awq_hf.transforms.awq_clip import search_clip
 from awq_hf.transforms.awq_scale import Loss, ScaleChoice, search_scales
-from awq_hf.transforms.correction import corrected_target
 
 SAME = 0.02  # relative difference that the order of sums can make in bfloat16 within a block; a wrong code costs far more
-
-Candidate = tuple[Tensor, Grid]  # codes [out, in] and the grid they are on
 
 
 class BlockWork:
@@ -201,86 +195,40 @@ class BlockWork:
         return weight
 
     def _round(self, names: list[str], spec: QuantSpec, train: Moments, held: Moments) -> None:
-        """Round Linears that share an input and a spec as one matrix, then judge each on the held-out slice and put it in place."""
         weights = [self._folded(name) for name in names]
-        aims, strengths = weights, [0.0] * len(names)
-        if self.recipe.correction:
-            with self.report.timed("correction"):
-                aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
-        H = train.H  # noqa: N806
-        target = torch.cat(aims)
-        plain_grid = start_grid = choose_grid(target, spec)
-        if self.recipe.clip is not None:
-            with self.report.timed("clip search"):
-                start_grid = search_clip(target, H, spec, self.recipe.clip)
-        failure = None
-        with self.report.timed("rounding"):
-            try:
-                codes, grid = ROUNDERS[self.recipe.rounding](target, start_grid, H)
-            except RoundingFailed as error:
-                failure = str(error)
-                codes, grid = ROUNDERS["nearest"](target, start_grid, H)
-        row = 0
-        for name, weight, strength in zip(names, weights, strengths, strict=True):
-            rows = slice(row, row := row + len(weight))
-            with self.report.timed("held-out check"):
-                error_of = OutputError(weight, held)
-                layer = self._layer_report(name, weight, error_of, held, failure)
-                layer.clip = float((start_grid.scales[rows] / plain_grid.scales[rows]).mean())
-                layer.correction = strength
-                layer.dead_channels = int((H.diagonal() == 0).sum())
-                self._keep_best(name, layer, weight, (codes[rows], grid.rows(rows)), H, error_of)
+        rounded = round_together(weights, spec, self.recipe, train, held, self.report.timed)
+        with self.report.timed("held-out check"):
+            for name, weight, found in zip(names, weights, rounded, strict=True):
+                self._store(name, weight, found, train, held)
 
-    def _layer_report(
-        self, name: str, weight: Tensor, error_of: OutputError, held: Moments, failure: str | None
-    ) -> LayerReport:  # fmt: skip
-        original = self.linears[name].weight.data.to(torch.float32)
-        plain = self._with_folds(name, fake_quantize(original, choose_grid(original, self.specs[name])))
-        choice = self.choices.get(name)
-        energy = float(output_energy(weight, held).sum())
-        return LayerReport(
+    def _store(self, name: str, weight: Tensor, found: Rounded, train: Moments, held: Moments) -> None:
+        """Judge what was found for a Linear on the held-out slice, put it in place, and report it. weight: folded, float32 [out, in]."""
+        error_of = OutputError(weight, held)
+        original, spec, linear = self.linears[name].weight.data.to(torch.float32), self.specs[name], self.linears[name]
+        plain = float(error_of(self._with_folds(name, fake_quantize(original, choose_grid(original, spec)))).sum())
+        best, errors = best_of(found, weight, plain, error_of, train.H, self.recipe)
+        self.quantized[name] = to_quantized_weight(best.codes, best.grid)
+        linear.weight.data.copy_(best.dequantized())
+        if name in self.out_scales and linear.bias is not None:
+            linear.bias.data.copy_(linear.bias.data.to(torch.float32) / self.out_scales[name])
+        choice, energy = self.choices.get(name), max(float(output_energy(weight, held).sum()), 1e-30)
+        self.layers[name] = LayerReport(
             name=f"{self.name}.{name}",
             shape=(weight.shape[0], weight.shape[1]),
-            bits=self.specs[name].bits,
-            group_size=self.specs[name].group_size,
+            bits=spec.bits,
+            group_size=spec.group_size,
             fold=next((fold.producer for fold in self.folds if name in fold.consumers), None),
             alpha=choice.alpha if choice else 0.0,
             family=choice.family if choice else "not folded",
-            clip=1.0,
-            correction=0.0,
-            rounding="nearest" if failure else self.recipe.rounding,
-            loss_plain=float(error_of(plain).sum()) / max(energy, 1e-30),
-            loss=energy,  # until a candidate is chosen: the yardstick
-            fallback=failure,
+            clip=best.clip,
+            correction=best.correction,
+            rounding=best.rounding,
+            loss_plain=plain / energy,
+            loss=float(errors.sum()) / energy,
+            dead_channels=int((train.H.diagonal() == 0).sum()),
+            fallback=best.fallback,
         )
-
-    def _keep_best(
-        self, name: str, layer: LayerReport, weight: Tensor, found: Candidate, H: Tensor, error_of: OutputError  # noqa: N803
-    ) -> None:  # fmt: skip
-        """Store `found`, unless plain rounding is better on the held-out slice: then simpler roundings take over, row by row."""
-        energy = max(layer.loss, 1e-30)
-        errors = error_of(affine.dequantize(*found))
-        layer.loss = float(errors.sum()) / energy
-        if layer.loss > layer.loss_plain:
-            lost = f"{layer.rounding} lost to plain rounding on the held-out slice ({layer.loss:.3g} against {layer.loss_plain:.3g})"
-            for candidate in self._simpler(weight, H, self.specs[name]):
-                better = (rows := error_of(affine.dequantize(*candidate))) < errors
-                found, errors = _merged(better, candidate, found), torch.minimum(rows, errors)
-            layer.loss, layer.rounding, layer.fallback = float(errors.sum()) / energy, "the best of each row", lost
-        linear = self.linears[name]
-        self.quantized[name] = affine.to_quantized_weight(*found)
-        linear.weight.data.copy_(affine.dequantize(*found))
-        if name in self.out_scales and linear.bias is not None:
-            linear.bias.data.copy_(linear.bias.data.to(torch.float32) / self.out_scales[name])
-        self.layers[name] = layer
-        self.report.layers.append(layer)
-
-    def _simpler(self, weight: Tensor, H: Tensor, spec: QuantSpec) -> list[Candidate]:  # noqa: N803
-        """Plain roundings of the uncorrected weight, on the clipped grid and on the whole one."""
-        grids = [choose_grid(weight, spec)]
-        if self.recipe.clip is not None:
-            grids.append(search_clip(weight, H, spec, self.recipe.clip))
-        return [ROUNDERS["nearest"](weight, grid, H) for grid in grids]
+        self.report.layers.append(self.layers[name])
 
     # The result
 
@@ -311,10 +259,3 @@ class BlockWork:
         """For the progress bar: the block's mean loss against plain rounding's."""
         ours, plain = (sum(getattr(layer, key) for layer in self.layers.values()) for key in ("loss", "loss_plain"))
         return f"loss {ours / max(len(self.layers), 1):.2e}, plain rounding {plain / max(len(self.layers), 1):.2e}"
-
-
-def _merged(take: Tensor, a: Candidate, b: Candidate) -> Candidate:
-    """Rows of `a` where `take` [out], of `b` elsewhere: output channels are independent of each other."""
-    take = take[:, None]
-    scales, zero_points = torch.where(take, a[1].scales, b[1].scales), torch.where(take, a[1].zero_points, b[1].zero_points)
-    return torch.where(take, a[0], b[0]), Grid(scales, zero_points, a[1].spec)

@@ -1,0 +1,92 @@
+"""Linears that share an input, from float weights to codes, and the verdict of the held-out slice on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from awq_hf.affine import Grid, choose_grid, dequantize
+from awq_hf.calibration.stats import Moments, OutputError
+from awq_hf.recipe import Recipe
+from awq_hf.rounding import ROUNDERS
+from awq_hf.rounding.gptq import RoundingFailed
+from awq_hf.spec import QuantSpec
+from awq_hf.transforms.awq_clip import search_clip
+from awq_hf.transforms.correction import corrected_target
+
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight's codes [out, in] and the grid they are on; clip: mean ratio of its steps to unclipped ones; correction: its strength.
+
+    rounding: what made the codes; fallback: why it is not what the recipe asks for, or None.
+    """
+
+    codes: Tensor
+    grid: Grid
+    rounding: str
+    clip: float = 1.0
+    correction: float = 0.0
+    fallback: str | None = None
+
+    def dequantized(self) -> Tensor:
+        return dequantize(self.codes, self.grid)
+
+
+def round_together(weights: list[Tensor], spec: QuantSpec, recipe: Recipe, train: Moments, held: Moments, timed: Timed) -> list[Rounded]:
+    """Round weights that share an input, each float32 [out, in], as one matrix."""
+    aims, strengths = weights, [0.0] * len(weights)
+    if recipe.correction:
+        with timed("correction"):
+            aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
+    target, H = torch.cat(aims), train.H  # noqa: N806
+    unclipped = start = choose_grid(target, spec)
+    if recipe.clip is not None:
+        with timed("clip search"):
+            start = search_clip(target, H, spec, recipe.clip)
+    method, failure = recipe.rounding, None
+    with timed("rounding"):
+        try:
+            codes, grid = ROUNDERS[method](target, start, H)
+        except RoundingFailed as error:
+            method, failure = "nearest", str(error)
+            codes, grid = ROUNDERS[method](target, start, H)
+    rounded, row = [], 0
+    for weight, strength in zip(weights, strengths, strict=True):
+        rows = slice(row, row := row + len(weight))
+        clip = float((start.scales[rows] / unclipped.scales[rows]).mean())
+        rounded.append(Rounded(codes[rows], grid.rows(rows), method, clip, strength, failure))
+    return rounded
+
+
+def best_of(
+    found: Rounded, weight: Tensor, plain: float, error_of: OutputError, H: Tensor, recipe: Recipe  # noqa: N803
+) -> tuple[Rounded, Tensor]:  # fmt: skip
+    """`found`, unless plain rounding is better on the held-out slice: then simpler roundings take over, row by row.
+
+    weight: float32 [out, in], uncorrected; plain: plain rounding's error; returns also the error of each row, [out].
+    """
+    errors = error_of(found.dequantized())
+    loss = float(errors.sum())
+    if loss <= plain:
+        return found, errors
+    grids = [choose_grid(weight, found.grid.spec)]
+    if recipe.clip is not None:
+        grids.append(search_clip(weight, H, found.grid.spec, recipe.clip))
+    codes, grid = found.codes, found.grid
+    for simpler_grid in grids:
+        simpler, _ = ROUNDERS["nearest"](weight, simpler_grid, H)
+        row_errors = error_of(dequantize(simpler, simpler_grid))
+        better = (row_errors < errors)[:, None]  # output channels are independent of each other
+        codes = torch.where(better, simpler, codes)
+        pick = lambda a, b, better=better: torch.where(better, a, b)  # noqa: E731
+        grid = Grid(pick(simpler_grid.scales, grid.scales), pick(simpler_grid.zero_points, grid.zero_points), grid.spec)
+        errors = torch.minimum(row_errors, errors)
+    lost = f"{found.rounding} lost to plain rounding on the held-out slice ({loss / max(plain, 1e-30):.3g} times its error)"
+    return replace(found, codes=codes, grid=grid, rounding="the best of each row", fallback=lost), errors
