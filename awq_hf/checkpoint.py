@@ -50,7 +50,11 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
     spec_of(module name of the model): what the config says of it. version: what the config calls the layout, None when nothing.
     Returns module name -> layout. Raises ValueError naming the tensor when something is missing, unexpected or of another shape.
     """
-    owners = {name.rpartition(".")[0]: name for name in headers if name.rpartition(".")[2] in ("qweight", *_ZEROS)}
+    owners: dict[str, str] = {}  # module -> its first tensor
+    for tensor in sorted(headers):
+        owner, _, part = tensor.rpartition(".")
+        if part in ("qweight", *_ZEROS):
+            owners.setdefault(owner, tensor)
     if not owners:
         raise ValueError("config.json says AWQ, but no tensor of the checkpoint is named *.qweight: it is not quantized")
     declared = _declared_layout(version)

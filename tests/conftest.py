@@ -109,6 +109,51 @@ def quantized_dir(llama_dir: Path, small_config: Callable[..., Any], tmp_path_fa
 
 
 @pytest.fixture(scope="session")
+def write_awq() -> Callable[..., Any]:
+    """write_awq(model, path, quantized, rename, changes, **quantization_config): save `model` as another program would have.
+
+    The Linears whose name contains `quantized` become random 4-bit weights, in the model too, which is returned. rename(name of a
+    tensor) is its name in the file; changes are tensors to add, or None to leave one out.
+    """
+    import json
+
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from awq_hf import AwqLinear, QuantizedWeight, QuantSpec
+    from awq_hf.affine import dequantize_weight
+
+    def write(
+        model: Any,
+        path: Path,
+        quantized: str = ".layers.",
+        rename: Callable[[str], str] = str,
+        changes: dict[str, Tensor | None] | None = None,
+        **quantization_config: Any,
+    ) -> Any:
+        generator, group = torch.Generator().manual_seed(3), 32
+        tensors: dict[str, Tensor | None] = dict(model.state_dict())
+        for name, linear in model.named_modules():
+            if isinstance(linear, nn.Linear) and quantized in name:
+                n_out, n_in = linear.weight.shape
+                q, z = (torch.randint(0, 16, (n_out, n), generator=generator, dtype=torch.uint8) for n in (n_in, n_in // group))
+                scales = (0.001 + torch.rand(z.shape, generator=generator) / 64).half()
+                weight = QuantizedWeight(q, scales, z, QuantSpec(4, group))
+                linear.weight.data = dequantize_weight(weight)
+                tensors |= {f"{name}.{part}": p.data for part, p in AwqLinear.from_quantized(weight).named_parameters()}
+                del tensors[f"{name}.weight"]
+        path.mkdir(parents=True)
+        kept = {rename(name): tensor.clone() for name, tensor in {**tensors, **(changes or {})}.items() if tensor is not None}
+        save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
+        awq = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm", **quantization_config}
+        (path / "config.json").write_text(json.dumps({**config, "quantization_config": awq}))
+        return model
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def demo_dir() -> Path:
     """The package's demonstration: model/, calibration.txt, evaluation.txt."""
     import awq_hf
