@@ -9,7 +9,7 @@ from awq_hf.api import quantize
 from awq_hf.compat import register as _register
 from awq_hf.compat import unregister
 from awq_hf.config import AwqConfig
-from awq_hf.evaluate import Evaluation, evaluate
+from awq_hf.evaluate import Evaluation, evaluate, evaluate_many
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.linear import AwqLinear
 from awq_hf.spec import QuantizedWeight, QuantSpec
@@ -23,6 +23,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedWeight",
     "evaluate",
+    "evaluate_many",
     "quantize",
     "register",
     "unregister",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from awq_hf.api import check_output, save
 from awq_hf.config import AwqConfig
-from awq_hf.evaluate import Evaluation, evaluate
+from awq_hf.evaluate import Evaluation, evaluate_many
 from awq_hf.linear import AwqLinear
 from awq_hf.report import REPORT_NAME
 
@@ -64,7 +64,7 @@ def run(out: Path, bits: int, group_size: int, console: Console) -> None:
     plain = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=AwqConfig.plain_rounding(**options))
 
     models = {"original": original, "plain rounding": plain, "awq-hf": model}
-    results = {name: evaluate(m, original, EVALUATION, tokenizer, SEQ_LEN, EVALUATION_TOKENS) for name, m in models.items()}
+    results = evaluate_many(models, original, EVALUATION, tokenizer, SEQ_LEN, EVALUATION_TOKENS)
     console.print(_table(results, models))
     ours, rounded = results["awq-hf"].kl or 0.0, results["plain rounding"].kl or 0.0
     say(EXPLANATION.format(share=ours / max(rounded, 1e-12)))
