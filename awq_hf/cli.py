@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 app = typer.Typer(
     help="AWQ quantization for Hugging Face models.",
@@ -109,46 +108,72 @@ def quantize(
     say(f"  awq-hf eval {out} --reference {model} --text SOME_TEXT_FILE")
 
 
-@app.command(epilog="Example:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B --text book.txt`")
+@app.command(
+    epilog="Examples:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B --text book.txt`\n\n"
+    "`awq-hf eval ./awq-4bit ./awq-3bit --reference ./original --text book.txt --json > results.json`"
+)
 @command
 def eval(
-    model: Model,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Directories or Hub ids; one is in memory at a time.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text file that calibration did not see.")],
     reference: Annotated[str | None, typer.Option(help="The original model; adds KL divergence and top-1 agreement.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows that run together; lower it when memory runs out.")] = 8,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on a text: perplexity, and with --reference how far it is from the original."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Measure models on a text: perplexity, and with --reference how far they are from the original."""
+    from transformers import AutoModelForCausalLM
 
     import awq_hf
     from awq_hf.compat import progress_bar
+    from awq_hf.evaluation_table import tables
 
-    load = lambda name: AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype), device_map=_device(device))  # noqa: E731
-    result = awq_hf.evaluate(
-        load(model),
-        None if reference is None else load(reference),
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=_dtype(dtype), device_map=_device(device))
+    results = awq_hf.evaluate_many(
+        {name: functools.partial(load, name) for name in models},
+        None if reference is None else functools.partial(load, reference),
         text,
-        AutoTokenizer.from_pretrained(model),
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-        progress=progress_bar,
+        _tokenizer([*models, *([reference] if reference else [])], text),
+        seq_len,
+        max_tokens,
+        batch_size,
+        progress_bar,
     )
+    about = {"reference": reference, "reference_weights_bytes": _weights_bytes(reference)}
+    rows = [{"model": name, "weights_bytes": _weights_bytes(name), **about, **result.to_dict()} for name, result in results.items()]
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
+        typer.echo(json.dumps(rows))
         return
-    table = Table("", "perplexity", "KL to reference", "same top-1", title=f"{result.tokens:,} tokens of {result.text}")
-    if result.reference_perplexity is not None:
-        table.add_row(str(reference), f"{result.reference_perplexity:.3f}", "0", "100 %")
-    table.add_row(model, f"{result.perplexity:.3f}", *_agreement(result.kl, result.top1))
-    console.print(table)
+    for table in tables(rows, console.width):
+        console.print(table)
 
 
-def _agreement(kl: float | None, top1: float | None) -> tuple[str, str]:
-    return ("-" if kl is None else f"{kl:.4f}", "-" if top1 is None else f"{top1:.1%}")
+def _tokenizer(models: list[str], text: Path) -> Any:
+    """The tokenizer that the models share. Raises ValueError where one has none, or they split the text differently; reads no weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from awq_hf.evaluate import check_same_tokens
+
+    tokenizers = {}
+    for name in dict.fromkeys(models):
+        AutoConfig.from_pretrained(name)  # says best what is not a model
+        try:
+            tokenizers[name] = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} has no tokenizer ({str(error).splitlines()[0]}); copy the original model's there") from error
+    check_same_tokens(tokenizers, text)
+    return tokenizers[models[0]]
+
+
+def _weights_bytes(model: str | None) -> int | None:
+    """Size of the weights on disk, if they are in a local directory; by the names under which transformers looks for them."""
+    if model is None:
+        return None
+    files = [*Path(model).glob("model*.safetensors")] or [*Path(model).glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files) or None
 
 
 @app.command()

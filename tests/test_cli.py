@@ -100,20 +100,6 @@ def test_quantize_prints_the_report_as_json(run: Run, model: Path, tmp_path: Pat
     assert json.loads(result.out) == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
-# eval
-
-
-def test_eval(run: Run, model: Path, demo_dir: Path) -> None:
-    options = ["--text", demo_dir / "evaluation.txt", "--reference", model, "--seq-len", 64, "--max-tokens", 640]
-    found = json.loads(run("eval", model, *options, "--json").out)
-    assert (found["kl"], found["top1"], found["tokens"], found["text"]) == (0.0, 1.0, 640, "evaluation.txt")
-    assert found["perplexity"] == found["reference_perplexity"] > 1
-    table = run("eval", model, *options).out
-    assert "640 tokens of evaluation.txt" in table and f"{found['perplexity']:.3f}" in table and "100" in table
-    alone = run("eval", model, *options[:2], "--seq-len", 64, "--max-tokens", 640)
-    assert alone.status == 0 and f"{found['perplexity']:.3f}" in alone.out
-
-
 # demo
 
 

@@ -36,13 +36,14 @@ ALLOWED = {
     "pipeline": "spec affine parallel blocks calibration folding transforms rounding recipe preflight report block",
     "compat": "",
     "evaluate": "calibration",
+    "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline compat config",
     "api": "config hf_quantizer",
     "exporters": "spec kernels.layout linear matrices",
     "model_cards": "",
     "demo": "api config evaluate linear report",
-    "cli": "api compat config demo evaluate linear report spec",
+    "cli": "api compat config demo evaluate evaluation_table linear report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
 TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo"}

@@ -1,0 +1,83 @@
+"""The table that `awq-hf eval` prints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePath
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+LABEL_WIDTH, FIGURE_WIDTH = 10, 18  # the widest label; the widest figure, "+0.01234 ± 0.00012"
+CAPTION = (
+    "loss diff.: log of the perplexity less the reference's. KL: divergence of the next token's probabilities from the reference's, "
+    "in nats. ±: standard error, windows being independent."
+)
+
+
+def tables(rows: list[dict[str, Any]], width: int) -> list[Table]:
+    """Models are columns, for they are few and their figures many; more of them than `width` characters hold go to further tables.
+
+    rows: for every model the fields of Evaluation, "model", "reference" (a name or None), and the sizes of the weights in bytes or
+    None: "weights_bytes", "reference_weights_bytes".
+    """
+    first = rows[0]
+    original = first["reference"]
+    *names, base = _short([*(row["model"] for row in rows), original or ""])
+    columns = list(zip(names, map(_figures, rows), strict=True))
+    if original is not None:
+        known = {"perplexity": _perplexity(first["reference_perplexity"]), "MB on disk": _megabytes(first["reference_weights_bytes"])}
+        columns.insert(0, (f"{base} (reference)", known))
+    labels = [label for label in columns[-1][1] if any(figures.get(label) for _, figures in columns)]
+    room = width - LABEL_WIDTH - 4  # a column of n characters takes n + 3 with its padding and border
+    count = max(1, room // (FIGURE_WIDTH + 3))
+    parts = [columns[start : start + count] for start in range(0, len(columns), count)]
+    found = [_table(part, labels, room // len(part) - 3) for part in parts]
+    found[0].title = Text(f"{first['tokens']:,} tokens of {first['text']}", style="table.title")
+    if original is not None:
+        found[-1].caption = CAPTION
+    return found
+
+
+def _table(columns: list[tuple[str, dict[str, str]]], labels: list[str], width: int) -> Table:
+    table = Table("")
+    for name, _ in columns:
+        table.add_column(Text(name), justify="right", overflow="fold", max_width=max(FIGURE_WIDTH, width))
+    for label in labels:
+        table.add_row(label, *(figures.get(label, "") for _, figures in columns))
+    return table
+
+
+def _short(names: list[str]) -> list[str]:
+    """The last parts of paths, where they tell the models apart."""
+    last = [PurePath(name).name or name for name in names]
+    return last if len(set(last)) == len(set(names)) else names
+
+
+def _figures(row: dict[str, Any]) -> dict[str, str]:
+    figures = {"perplexity": _perplexity(row["perplexity"])}
+    if row["reference"] is not None:
+        figures["loss diff."] = _with_error(row["loss_difference"], row["loss_difference_se"], "+")
+        figures["KL mean"] = _with_error(row["kl"], row["kl_se"])
+        figures |= {label: f"{row[key]:.3g}" for label, key in (("KL median", "kl_median"), ("KL 99 %", "kl_99"), ("KL 99.9 %", "kl_999"))}
+        figures["same top-1"] = f"{row['top1']:.2%}"
+    return figures | {"MB on disk": _megabytes(row["weights_bytes"])}
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.3f}" if value < 1e6 else f"{value:.3e}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.2f}"
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    """Both with the decimals that show two digits of the error, or in powers of ten where those are many."""
+    if not error:
+        return f"{value:{sign}.3g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals > 5:
+        return f"{value:{sign}.2e} ± {error:.0e}"
+    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
