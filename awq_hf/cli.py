@@ -66,7 +66,8 @@ def _options(debug_: Annotated[bool, typer.Option("--debug", help="Show the trac
 
 @app.command(
     epilog="Examples:\n\n`awq-hf quantize meta-llama/Llama-3.2-1B ./llama-awq`\n\n"
-    "`awq-hf quantize ./my-model ./my-model-awq --bits 3 --calibration notes.txt`"
+    "`awq-hf quantize ./my-model ./my-model-awq --bits 3 --calibration notes.txt`\n\n"
+    "`awq-hf quantize ./my-model ./my-model-awq --calibration HuggingFaceH4/ultrachat_200k::train_sft`"
 )
 @command
 def quantize(
@@ -75,7 +76,12 @@ def quantize(
     bits: Bits = 4,
     group_size: GroupSize = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text file; default: the embedded multi-domain text.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text, .jsonl, .json or .parquet file, or a dataset as name[:config][:split]; default: the embedded multi-domain text."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; default: 512, or as many as the model takes.")] = None,
     rounding: Annotated[str, typer.Option(help="nearest, gptq, or descent (the best).")] = "descent",

@@ -31,10 +31,19 @@ class AwqConfig(TransformersAwqConfig):
     modules_to_not_convert: Linears whose name contains one of these strings stay in float.
     overrides: part of a name -> {"bits": ..., "group_size": ..., "zero_point": ...}, or None to leave those Linears in float; the first
         part that a name contains counts. Widths or groups that differ are our own format: other programs do not read it.
-    calibration: None for the text that comes with the package, the path of a UTF-8 text file, a list of strings, or a
-        list of 1-D tensors of token ids. samples windows of seq_len tokens (None: 512, or as many as the model takes) are drawn
-        from it with seed.
-    tokenizer: a tokenizer, where the one beside the model is not the right one (or there is none).
+    calibration: samples windows of seq_len tokens (None: 512, or as many as the model takes) are drawn with seed from
+        - None: the text that comes with the package;
+        - the path of a UTF-8 text file, of a .jsonl, .json or .parquet file of records, or of a directory that `datasets` loads;
+        - the name of a dataset, name[:config][:split], which is streamed (pip install "awq-hf[data]"). The split is train, or the
+          first whose name begins so, if none is named: "wikitext:wikitext-2-raw-v1", "HuggingFaceH4/ultrachat_200k::train_sft";
+        - a list of strings, of 1-D tensors of token ids, of conversations (lists of {"role": ..., "content": ...}, through the
+          tokenizer's chat template) or of records; a datasets.Dataset; or another iterable, which is read in its order, only as
+          far as needed.
+        A record is a dict with messages (or ShareGPT's conversations), text, content, prompt (with completion or response), or a
+        single field with a string. Text calibrates the language tower of a model that also takes images or sound; the rest stays
+        in float.
+    tokenizer: a tokenizer, or a processor that has one, or the path or Hub id of either, where the one beside the model is not the
+        right one (or there is none).
     scale, clip, rounding, correction, stream: the parts of the method, see awq_hf.recipe.Recipe.
 
     Raises ValueError on values that do not exist and TypeError on options that do not exist.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
 from awq_hf import compat
+from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
+from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.dense import make_dense
@@ -60,25 +63,30 @@ class AwqHfQuantizer(HfQuantizer):
         recipe = self.recipe = config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
         make_plan(model, recipe)
         with torch.device("cpu"):  # from_pretrained builds its model under the meta device
-            windows = load_windows(config.calibration, self._tokenizer(model), recipe.seq_len)
+            tokenizer = self._tokenizer(model)
+            windows = load_windows(config.calibration, tokenizer, recipe.seq_len, samples=recipe.samples, seed=recipe.seed)
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            windows = check_windows(windows, recipe.samples * recipe.seq_len, tokenizer, vocabulary)
             self.windows = windows.sample(recipe.samples, recipe.seed)
-        windows.check_token_ids(model.get_input_embeddings().weight.shape[0])
 
     def _tokenizer(self, model: Any) -> Any:
+        """A tokenizer, or a processor that has one; None where the calibration is tokens already."""
         config = self.quantization_config
-        given = config.calibration
-        if config.tokenizer is not None and not isinstance(config.tokenizer, str):
-            return config.tokenizer
-        if isinstance(given, torch.Tensor) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], torch.Tensor)):
+        if is_tokens(config.calibration):
             return None
         source = config.tokenizer or model.config.name_or_path
+        if not isinstance(source, (str, os.PathLike)):
+            return source
         try:
             return AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no tokenizer was found at {source!r} to calibrate with ({str(error).splitlines()[0]}); pass "
-                "AwqConfig(tokenizer=...), or calibration as a list of token tensors"
-            ) from error
+            processor = _processor(source)
+            if processor is None:
+                raise ValueError(
+                    f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "
+                    "AwqConfig(tokenizer=...), or calibration as a list of token tensors"
+                ) from error
+            return processor
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self.pre_quantized:
@@ -125,3 +133,14 @@ class AwqHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _processor(source: str | os.PathLike[str]) -> Any:
+    """The processor of a model for images or sound, if there is one and it has a tokenizer."""
+    from transformers import AutoProcessor  # not above: it imports the table of all processors
+
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+    return processor if hasattr(processor, "tokenizer") else None

@@ -37,6 +37,7 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     began, cpu_began = time.perf_counter(), time.process_time()
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
     report.left_in_float.update(plan.left_in_float)
+    report.notes += windows.notes
     was_training = model.training
     model.eval()
     try:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from awq_hf.calibration.sources import listed, open_source
+from awq_hf.calibration.tokens import tokenize
+
 DOCUMENT = "\n<|document|>\n"  # between the documents of the embedded texts
 HELD_OUT = 8  # one window in so many is kept from the search and judges it
 
-Calibration = None | str | os.PathLike[str] | Sequence[str] | Sequence[Tensor]
+MARGIN = 2  # documents are drawn until there are so many times the tokens asked for
+
+Record = Mapping[str, Any]
+Calibration = None | str | os.PathLike[str] | Tensor | Iterable[str] | Iterable[Tensor] | Iterable[Record] | Iterable[Sequence[Record]]
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """Equal windows of tokens cut from documents: input_ids int64 [windows, seq_len], lengths int64 [windows] (real tokens)."""
+    """Equal windows of tokens cut from documents: input_ids int64 [windows, seq_len], lengths int64 [windows] (real tokens).
+
+    source: where they come from; notes: what makes results doubtful (see checks.py), for the report.
+    """
 
     input_ids: Tensor
     lengths: Tensor
     source: str
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -63,7 +72,7 @@ class Windows:
     def sample(self, count: int, seed: int) -> Windows:
         """`count` windows in an order drawn with `seed`; all of them when there are fewer."""
         order = torch.randperm(len(self.input_ids), generator=torch.Generator().manual_seed(seed))[:count]
-        return Windows(self.input_ids[order], self.lengths[order], self.source)
+        return replace(self, input_ids=self.input_ids[order], lengths=self.lengths[order])
 
     def batches(self, batch_size: int, hold_out: bool = True) -> list[Batch]:
         """Batches of windows; with `hold_out` the last eighth (at least one window, if there are two) is marked as held out."""
@@ -80,32 +89,32 @@ class Windows:
         return Batch(ids, None if bool(mask.all()) else mask, held_out)
 
 
-def load_windows(calibration: Any, tokenizer: Any, seq_len: int, role: str = "calibration") -> Windows:
-    """All windows of `seq_len` tokens that the data yields; `role` is what messages call it.
+def load_windows(
+    calibration: Any, tokenizer: Any, seq_len: int, samples: int | None = None, seed: int = 0, role: str = "calibration"
+) -> Windows:
+    """Windows of `seq_len` tokens, from which `samples` can be drawn; for None, all that the data yields. `role` is what messages call it.
 
-    calibration: None for the embedded texts, the path of a UTF-8 text file, a list of strings, or a list of 1-D
-    integer tensors. Documents are cut into windows; what is left of one is packed together with the next, and only the
-    very last window may be shorter than the others. Raises ValueError when there is nothing to calibrate on.
+    calibration: what AwqConfig describes. tokenizer: a tokenizer, or a processor that has one; None suffices for token tensors.
+    Documents are cut into windows; what is left of one is packed together with the next, and only the very last window may be
+    shorter than the others. Data of less than 4 MB of text (sources.SMALL) is taken whole and in its order. Of more, documents are
+    drawn with `seed` until they hold MARGIN * samples windows: nothing else is tokenized. Raises ValueError when there is nothing
+    to calibrate on, and ImportError where an optional package is needed to read it.
     """
-    if isinstance(calibration, Tensor):
-        calibration = [calibration] if calibration.ndim == 1 else list(calibration)
-    if calibration is not None and not isinstance(calibration, (str, os.PathLike)):
-        samples = list(calibration)
-        if samples and all(isinstance(s, Tensor) for s in samples):
-            return _pack([_checked_tokens(s, role) for s in samples], seq_len, f"{len(samples)} token tensors", role)
-        if not all(isinstance(s, str) for s in samples):
-            kinds = sorted({type(s).__name__ for s in samples})
-            raise ValueError(f"{role} is a list of {', '.join(kinds)}; give strings, or 1-D integer tensors of token ids")
-        texts, source = samples, f"{len(samples)} texts"
-    elif calibration is None:
-        texts, source = embedded_texts(), "embedded multi-domain text"
-    else:
-        texts, source = [_read_text(Path(calibration), role)], Path(calibration).name
-    if not any(t.strip() for t in texts):
-        raise ValueError(f"{role} ({source}) holds no text; give prose like the model's input, some 10,000 words")
-    if tokenizer is None:
-        raise ValueError(f"{role} texts need a tokenizer: pass tokenizer=..., or the {role} as a list of token tensors")
-    return _pack([_tokenize(t, tokenizer) for t in texts if t.strip()], seq_len, source, role)
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len} is too short; windows need at least 2 tokens")
+    source = listed(embedded_texts(), "embedded multi-domain text", 0) if calibration is None else open_source(calibration, role)
+    enough = None if samples is None or source.is_small else MARGIN * samples * seq_len
+    rows: list[Tensor] = []
+    total = 0
+    for where, document in source.documents(None if enough is None else seed, role):
+        if isinstance(document, Tensor) or (document.strip() if isinstance(document, str) else document):
+            rows.append(tokenize(document, tokenizer, where))
+            total += len(rows[-1])
+        if enough is not None and total >= enough:
+            break
+    if not rows:
+        raise ValueError(f"{role} ({source.name}) holds no text; give prose like the model's input, some 10,000 words")
+    return _pack(rows, seq_len, source.name, role)
 
 
 def embedded_texts() -> list[str]:
@@ -120,31 +129,9 @@ def embedded_texts() -> list[str]:
     return [text for _, _, text in sorted(placed)]
 
 
-def _read_text(path: Path, role: str) -> str:
-    if not path.is_file():
-        raise ValueError(f"{role} file {str(path)!r} does not exist; give the path of a UTF-8 text file, or a list of strings")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{role} file {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _tokenize(text: str, tokenizer: Any) -> Tensor:
-    """One document with the tokenizer's own special tokens. The length warning is silenced: windows are cut afterwards."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-
-
-def _checked_tokens(sample: Tensor, role: str) -> Tensor:
-    if sample.ndim != 1 or sample.is_floating_point():
-        raise ValueError(f"a {role} tensor has shape {tuple(sample.shape)} and dtype {sample.dtype}; give 1-D integer tensors of token ids")
-    return sample.to(torch.int64).cpu()
-
-
 def _pack(documents: list[Tensor], seq_len: int, source: str, role: str) -> Windows:
     """One row of tokens, cut every `seq_len`: long documents are cut, short ones share a window, nothing is dropped."""
-    if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len} is too short; windows need at least 2 tokens")
-    tokens = torch.cat(documents) if documents else torch.empty(0, dtype=torch.int64)
+    tokens = torch.cat(documents)
     if len(tokens) < 2:
         raise ValueError(f"{role} ({source}) holds {len(tokens)} tokens; at least 2 are needed, and some 10,000 to do well")
     count = -(-len(tokens) // seq_len)
