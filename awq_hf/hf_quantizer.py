@@ -16,6 +16,7 @@ from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.dense import make_dense
+from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
 from awq_hf.kernels.layout import GEMM, WIDE
 from awq_hf.linear import ScaledActivation
@@ -91,6 +92,7 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self.pre_quantized:
             self._finish_loading(model)
+            compat.after_saving(model, _complete)
             return model
         assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
@@ -100,7 +102,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.quantization_config.modules_to_not_convert = entries or None
         report.notes += caveats(entries, report.left_in_float, quantized)
         model.awq_report = report
-        compat.after_saving(model, lambda saved, directory: saved.awq_report.save(directory))
+        compat.after_saving(model, _complete)
         return model
 
     def _finish_loading(self, model: Any) -> None:
@@ -133,6 +135,13 @@ class AwqHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _complete(model: Any, directory: str) -> None:
+    """What belongs into a saved directory beside what transformers writes."""
+    add_older_rope_keys(directory)
+    if hasattr(model, "awq_report"):
+        model.awq_report.save(directory)
 
 
 def _processor(source: str | os.PathLike[str]) -> Any:

@@ -343,7 +343,12 @@ def test_values_are_looked_at_in_parts(quantized_dir: Path, tmp_path: Path, monk
     path = damaged(quantized_dir, tmp_path / "m", lambda tensors: tensors[EMBEDDING].view(-1).__setitem__(-1, float("nan")))
     sizes: list[int] = []
     plain = torch.isfinite
-    monkeypatch.setattr(torch, "isfinite", lambda tensor: sizes.append(tensor.numel()) or plain(tensor))
+
+    def recorded(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return plain(tensor)
+
+    monkeypatch.setattr(torch, "isfinite", recorded)
     with pytest.raises(ValueError, match=EMBEDDING):
         load(path)
     assert max(sizes) == 100 and len(sizes) >= 96 * 64 // 100

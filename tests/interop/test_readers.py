@@ -42,6 +42,7 @@ class Case:
 
 
 SIZES = dict(vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 BIASES = dict(attention_bias=True, mlp_bias=True)
 CASES = {
     "llama-32": Case(),
@@ -50,11 +51,15 @@ CASES = {
     "biases": Case(changes=BIASES),
     "bfloat16": Case(changes=BIASES, dtype=torch.bfloat16),
     "tied": Case(changes={"tie_word_embeddings": True}),
-    # mlx-lm takes rope_theta from the top of config.json only, where transformers 5 does not write it: this is its default
-    "qwen2": Case(Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    # mlx-lm takes rope_theta and rope_scaling from the top of config.json, where transformers 5 does not write them
+    "qwen2": Case(Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "another-rope-base": Case(changes={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "scaled-rope": Case(changes={"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}}),
     "symmetric": Case(options={"zero_point": False}),
     "o_proj-in-float": Case(options={"modules_to_not_convert": ["o_proj"]}),
     "one-layer-in-float": Case(options={"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}),
+    "a-block-in-float": Case(options={"modules_to_not_convert": ["layers.0."]}),
+    "mlps-in-float": Case(options={"modules_to_not_convert": ["mlp"]}),
     "groups-of-16": Case(options={"group_size": 16}),
     "whole-rows": Case(options={"group_size": -1}),
     "3-bits": Case(options={"bits": 3}),
