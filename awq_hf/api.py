@@ -10,10 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from awq_hf.config import AwqConfig
 from awq_hf.hf_quantizer import AwqHfQuantizer
+
+LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # options that say where
 
 logger = logging.getLogger("awq_hf")
 
@@ -31,11 +35,11 @@ def quantize(
     text, where the one beside the model is not to be used. load_options go to from_pretrained (dtype, device_map, revision, ...).
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
+    if not isinstance(model, PreTrainedModel):
+        check_model(model, load_options)
     target = None if output_dir is None else check_output(output_dir)
-    config = config or AwqConfig()
-    if tokenizer is not None:
-        config = copy.copy(config)
-        config.tokenizer = tokenizer
+    config = copy.copy(config or AwqConfig())
+    config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
     if isinstance(model, PreTrainedModel):
         if load_options:
             raise TypeError(f"{', '.join(load_options)}: options for loading have no use with a model that is in memory")
@@ -64,19 +68,44 @@ def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedM
 
 
 def check_output(output_dir: str | os.PathLike[str]) -> Path:
-    """The directory to write, refused when there is something in it or its parent cannot be written to."""
+    """The directory to write, refused when there is something in it or its parent cannot be written to: that is tried."""
     target = Path(output_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not an empty directory; choose another name or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK):
-        raise PermissionError(f"{target.parent} cannot be written to; choose another output directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _partial(target).rmdir()
+    except OSError as error:
+        raise PermissionError(f"{target.parent} cannot be written to ({error.strerror}); choose another output directory") from error
     return target
+
+
+def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> None:
+    """Raise ValueError for a name that is neither a directory here nor a repository of the Hub, and for a model that is quantized."""
+    name = os.fspath(model)
+    if Path(name).is_dir():
+        if not (Path(name) / load_options.get("subfolder", "") / "config.json").is_file():
+            raise ValueError(f"{name} holds no config.json; give the directory of a model as transformers saves it")
+    else:
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            raise ValueError(f"{name} is not a directory, and cannot be a Hub id (owner/name) either") from None
+    where = {key: value for key, value in load_options.items() if key in LOCATION}
+    config, _ = PreTrainedConfig.get_config_dict(name, **where)
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "of unknown method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"{name} is quantized already ({method}); quantize the float model that it was made from")
+
+
+def _partial(target: Path) -> Path:
+    """A new directory beside `target`, under a temporary name."""
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
 
 
 def save(model: PreTrainedModel, target: Path, tokenizer: Any) -> None:
     """Write model and tokenizer to a temporary directory beside `target`, then rename: the result is there whole or not at all."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    partial = _partial(target)
     try:
         partial.chmod(0o755)
         model.save_pretrained(partial)

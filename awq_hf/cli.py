@@ -55,8 +55,19 @@ def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from awq_hf import __version__
+
+        typer.echo(f"awq-hf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     global debug
     debug = debug_
     from transformers.utils import logging
@@ -86,6 +97,10 @@ def quantize(
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; default: 512, or as many as the model takes.")] = None,
     rounding: Annotated[str, typer.Option(help="nearest, gptq, or descent (the best).")] = "descent",
     skip: Annotated[list[str] | None, typer.Option(help="Leave Linears whose name contains this in float. Repeatable.")] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="PART=BITS or PART=BITS:GROUP_SIZE or PART=float, for Linears whose name contains PART. Repeatable."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
@@ -99,6 +114,7 @@ def quantize(
         group_size=group_size,
         zero_point=not symmetric,
         modules_to_not_convert=skip,
+        overrides=dict(map(_override, override or ())),
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
@@ -193,6 +209,18 @@ def demo(
     from awq_hf.demo import run
 
     run(out, bits, group_size, console)
+
+
+def _override(text: str) -> tuple[str, dict[str, int] | None]:
+    """PART=BITS[:GROUP_SIZE] or PART=float."""
+    part, _, value = text.partition("=")
+    try:
+        numbers = None if value == "float" else dict(zip(("bits", "group_size"), map(int, value.split(":")), strict=False))
+    except ValueError:
+        numbers = {}
+    if not part or numbers == {} or value.count(":") > 1:
+        raise ValueError(f"--override {text} is not PART=BITS, PART=BITS:GROUP_SIZE or PART=float, e.g. down_proj=8:64")
+    return part, numbers
 
 
 def _device(device: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AwqConfig as TransformersAwqConfig
@@ -87,6 +88,7 @@ class AwqConfig(TransformersAwqConfig):
         self.scale, self.clip, self.rounding, self.correction, self.stream = scale, clip, rounding, correction, stream
         self.tokenizer, self.backend = tokenizer, backend
         self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
+        self.output_dir: Path | None = None  # where quantize() will write: checked for room before any work
         self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
         recipe = self.recipe()  # refuses what does not exist
         # None: read from a config that does not say

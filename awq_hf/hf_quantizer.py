@@ -21,7 +21,7 @@ from awq_hf.headers import read_headers
 from awq_hf.kernels.layout import GEMM, WIDE
 from awq_hf.linear import ScaledActivation
 from awq_hf.pipeline import quantize_model
-from awq_hf.preflight import make_plan
+from awq_hf.preflight import check_room, make_plan, stored_bytes
 from awq_hf.recipe import Recipe
 from awq_hf.skip_list import caveats, skip_list
 
@@ -62,7 +62,9 @@ class AwqHfQuantizer(HfQuantizer):
         """Everything that can fail without the weights: shapes, calibration data."""
         config = self.quantization_config
         recipe = self.recipe = config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
-        make_plan(model, recipe)
+        plan = make_plan(model, recipe)
+        if config.output_dir is not None:
+            check_room(config.output_dir.parent, stored_bytes(model, plan))
         with torch.device("cpu"):  # from_pretrained builds its model under the meta device
             tokenizer = self._tokenizer(model)
             windows = load_windows(config.calibration, tokenizer, recipe.seq_len, samples=recipe.samples, seed=recipe.seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -111,6 +113,27 @@ def _check_overrides(recipe: Recipe, names: Iterable[str]) -> None:
     for pattern, _ in recipe.overrides:
         if not any(pattern in name for name in names):
             raise ValueError(f"overrides: {pattern!r} is in no layer's name; names look like {next(iter(names))!r}")
+
+
+def stored_bytes(model: nn.Module, plan: Plan) -> int:
+    """Size of the quantized model's weights on disk. No weight is read; tied ones count once."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in plan.specs:
+            in_features = shape_of(model.get_submodule(module))[1]
+            total += round(parameter.numel() * plan.specs[module].bits_per_weight(in_features) / 8)
+        else:
+            total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Raise ValueError when the file system of `directory` has no room for `needed` bytes and a tenth more."""
+    free = shutil.disk_usage(directory).free
+    if free < 1.1 * needed:
+        room = f"{free / 1e6:,.0f} MB free, and the result takes {needed / 1e6:,.0f} MB"
+        raise ValueError(f"{directory} has {room}; make room or write elsewhere")
 
 
 def check_calls(order: list[int], prefix: str, blocks: nn.ModuleList) -> None:
