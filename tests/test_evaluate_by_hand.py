@@ -26,7 +26,7 @@ class Fixed(nn.Module):
         self.alive: list[weakref.ref[Tensor]] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, use_cache: bool) -> types.SimpleNamespace:
-        logits = self.logits[input_ids]
+        logits, self.mask = self.logits[input_ids], attention_mask
         if attention_mask is not None:
             logits = logits.masked_fill(attention_mask[..., None] == 0, math.nan)
         self.alive.append(weakref.ref(logits))
@@ -49,7 +49,10 @@ def fixed() -> tuple[Fixed, Fixed]:
 
 def test_by_hand() -> None:
     """Windows 1 0 2, 2 2 1 and 1 3: positions 8, predictions 5; the last window is padded."""
-    found = awq_hf.evaluate(*fixed(), [torch.tensor([1, 0, 2, 2, 2, 1, 1, 3])], seq_len=3)
+    model, reference = fixed()
+    found = awq_hf.evaluate(model, reference, [torch.tensor([1, 0, 2, 2, 2, 1, 1, 3])], seq_len=3)
+    for each in (model, reference):
+        assert each.mask is not None and each.mask.tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     # Bits of the next token: model Q(0) + P(2), U(2) + U(1), Q(3); reference P(0) + P(2), P(2) + P(1), P(3)
     ours, theirs = [3 + 3, 2 + 2, 3], [1 + 3, 3 + 2, 3]
     assert found.perplexity == pytest.approx(2 ** (sum(ours) / 5), rel=1e-12)
