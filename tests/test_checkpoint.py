@@ -14,8 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+from transformers.core_model_loading import Transpose, WeightConverter
 
-from awq_hf import AwqConfig, AwqLinear
+from awq_hf import AwqConfig, AwqLinear, compat
 from awq_hf.linear import ScaledActivation
 
 IDS = torch.arange(3, 15)[None]
@@ -167,8 +168,26 @@ def test_quantized_experts_are_refused(moe: Any, write_awq: Callable[..., Any], 
 
 
 def test_experts_in_float_beside_quantized_attention(moe: Any, write_awq: Callable[..., Any], tmp_path: Path) -> None:
-    plain = write_awq(moe, tmp_path / "in", "self_attn")
+    """The float experts come one by one in the file, and transformers fuses them."""
+    changes: dict[str, Tensor | None] = {}
+    for name, tensor in moe.state_dict().items():
+        if ".experts." in name:
+            changes[name] = None
+            parts = {"gate_proj": tensor[:, :32], "up_proj": tensor[:, 32:]} if "gate_up" in name else {"down_proj": tensor}
+            start = name.rpartition(".")[0]
+            changes |= {f"{start}.{e}.{part}.weight": weights[e] for part, weights in parts.items() for e in range(4)}
+    plain = write_awq(moe, tmp_path / "in", "self_attn", changes=changes)
     assert_round_trip(tmp_path / "in", plain, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == load_file(tmp_path / "in" / "model.safetensors").keys()
+
+
+def test_modules_that_transformers_rearranges_are_refused(quantized_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused and split projections: what is done to a matrix cannot be done to its packed integers."""
+    turned = WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", [Transpose(0, 1)])
+    monkeypatch.setattr(compat, "get_model_conversion_mapping", lambda _model: [turned])
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.qweight cannot be loaded: transformers rearranges .*Transpose"):
+        load(quantized_dir)
 
 
 # Files
@@ -344,11 +363,11 @@ def test_values_are_looked_at_in_parts(quantized_dir: Path, tmp_path: Path, monk
     sizes: list[int] = []
     plain = torch.isfinite
 
-    def recorded(tensor: Tensor) -> Tensor:
+    def counted(tensor: Tensor) -> Tensor:
         sizes.append(tensor.numel())
         return plain(tensor)
 
-    monkeypatch.setattr(torch, "isfinite", recorded)
+    monkeypatch.setattr(torch, "isfinite", counted)
     with pytest.raises(ValueError, match=EMBEDDING):
         load(path)
     assert max(sizes) == 100 and len(sizes) >= 96 * 64 // 100
@@ -407,12 +426,13 @@ def test_a_body_gets_no_random_language_model_head(quantized_dir: Path, tmp_path
         (_add(f"{Q_PROJ}.qweight", torch.zeros(8, 8)), f"{Q_PROJ}.qweight: the checkpoint is quantized already"),
     ],
 )
+@pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
 def test_random_weights_are_not_quantized(
-    damage: Damage, told: str, llama_dir: Path, small_config: Callable[..., Any], tmp_path: Path
+    damage: Damage, told: str, ignore_mismatched_sizes: bool, llama_dir: Path, small_config: Callable[..., Any], tmp_path: Path
 ) -> None:
     path = damaged(llama_dir, tmp_path / "m", damage)
     with pytest.raises(ValueError, match=told):
-        load(path, quantization_config=small_config(samples=2), ignore_mismatched_sizes=True)
+        load(path, quantization_config=small_config(samples=2), ignore_mismatched_sizes=ignore_mismatched_sizes)
 
 
 def test_a_new_head_is_left_to_transformers(llama_dir: Path, small_config: Callable[..., Any]) -> None:
