@@ -64,6 +64,8 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
         name, operations = resolve(f"{owner}.weight", parameters)
         name = name.removesuffix(".weight")
         if operations is not None or f"{name}.weight" not in parameters or not is_matrix(model.get_submodule(name)):
+            if compat.left_out(model, tensor) or _of_a_new_head(model, name, missing=False):
+                continue
             raise ValueError(_no_place(tensor, operations, model))
         stored = _Stored(owner, model.get_submodule(name), headers, spec_of(name))
         layouts[name] = stored.layout(declared, version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -88,6 +89,11 @@ def when_loaded(model: Any, action: Callable[[Any], None]) -> None:
         action(loading_info)
 
     model._adjust_missing_and_unexpected_keys = types.MethodType(adjust, model)
+
+
+def left_out(model: Any, name: str) -> bool:
+    """Whether the architecture has no use for a tensor that its checkpoints hold: layers that predict further tokens, old buffers."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def untie(model: Any, name: str) -> None:

@@ -413,6 +413,23 @@ def test_a_body_gets_no_random_language_model_head(quantized_dir: Path, tmp_path
         load(tmp_path)
 
 
+def test_a_quantized_head_that_is_left_behind(tiny_llama: Callable[..., Any], write_awq: Callable[..., Any], tmp_path: Path) -> None:
+    write_awq(tiny_llama(), tmp_path / "m", "")
+    expected = load(tmp_path / "m").model(IDS).last_hidden_state
+    assert torch.equal(load(tmp_path / "m", AutoModel)(IDS).last_hidden_state, expected)
+    assert torch.equal(load(tmp_path / "m", AutoModelForSequenceClassification).model(IDS).last_hidden_state, expected)
+
+
+def test_tensors_that_the_architecture_leaves_out(quantized_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of some architectures hold layers that predict further tokens, which transformers has no code for."""
+    extra = {f"mtp.layers.0.up_proj.{part}": torch.zeros(1, dtype=torch.int32) for part in ("qweight", "qzeros", "scales")}
+    path = damaged(quantized_dir, tmp_path / "m", lambda tensors: tensors.update(extra))
+    with pytest.raises(ValueError, match="mtp.layers.0.up_proj.qweight is in the checkpoint"):
+        load(path)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    assert torch.equal(load(path)(IDS).logits, load(quantized_dir)(IDS).logits)
+
+
 # Quantizing on the spot
 
 
