@@ -77,8 +77,10 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
 
 
 def _declared_layout(version: str | None) -> str | None:
-    if version is None or version in VERSIONS:
-        return VERSIONS[version] if version else None
+    if version is None:
+        return None
+    if version in VERSIONS:
+        return VERSIONS[version]
     readable = f"versions that can be read: {', '.join(VERSIONS)}"
     if version in ("marlin", "bitblas"):
         raise ValueError(

@@ -68,17 +68,25 @@ def pad_groups(values: Tensor, group_width: int, in_features: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, padded_groups(in_features, group_width) - values.shape[1]))
 
 
+def _join(nibbles: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 nibbles [..., nibbles of a word] -> words [..., 1] of `dtype`, the first nibble lowest (memory is little-endian)."""
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous().view(dtype)
+
+
+def _split(words: Tensor) -> Tensor:
+    """Words [..., n] -> their uint8 nibbles [..., n * nibbles of a word], lowest first. Inverse of `_join`."""
+    octets = words.contiguous().view(torch.uint8)
+    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+
+
 def pack_gemv(codes: Tensor) -> Tensor:
     """uint8 codes [rows, columns] below 16 -> int32 words [rows, columns / 8], nibble i of word c being column 8c + i."""
-    nibbles = codes.view(len(codes), -1, 8).to(torch.int64)
-    words = (nibbles << torch.arange(0, 32, 4, device=codes.device)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return _join(codes, torch.int32)
 
 
 def unpack_gemv(words: Tensor) -> Tensor:
     """int32 words [rows, columns / 8] -> uint8 codes [rows, columns]. Inverse of `pack_gemv`."""
-    nibbles = words[..., None] >> torch.arange(0, 32, 4, device=words.device, dtype=torch.int32) & 15
-    return nibbles.to(torch.uint8).flatten(1)
+    return _split(words)
 
 
 def pack_gemv_fast(codes: Tensor) -> Tensor:
@@ -87,16 +95,15 @@ def pack_gemv_fast(codes: Tensor) -> Tensor:
     Every 64 words hold 64 columns of 4 rows, 16 words for each row; nibble i of a row's word w is column 32(w // 8) + 8i + w % 8.
     """
     out_features, in_features = codes.shape
-    columns = codes.view(out_features // 4, 4, in_features // 64, 2, 4, 8).permute(0, 2, 1, 3, 5, 4).to(torch.int32)
-    words = (columns << torch.arange(0, 16, 4, device=codes.device)).sum(-1)  # [out / 4, in / 64, 4 rows, 2, 8]
-    return torch.where(words >= 2**15, words - 2**16, words).to(torch.int16).reshape(out_features // 4, in_features)
+    columns = codes.view(out_features // 4, 4, in_features // 64, 2, 4, 8).permute(0, 2, 1, 3, 5, 4)  # [out/4, in/64, 4 rows, 2, 8, 4]
+    return _join(columns, torch.int16).reshape(out_features // 4, in_features)
 
 
 def unpack_gemv_fast(words: Tensor) -> Tensor:
     """int16 words [out / 4, in] -> uint8 codes [out, in]. Inverse of `pack_gemv_fast`."""
     quads, in_features = words.shape
-    nibbles = words.view(quads, in_features // 64, 4, 2, 8, 1) >> torch.arange(0, 16, 4, device=words.device, dtype=torch.int16) & 15
-    return nibbles.to(torch.uint8).permute(0, 2, 1, 3, 5, 4).reshape(4 * quads, in_features)
+    nibbles = _split(words).view(quads, in_features // 64, 4, 2, 8, 4)
+    return nibbles.permute(0, 2, 1, 3, 5, 4).reshape(4 * quads, in_features)
 
 
 def scale_zeros(zero_points: Tensor, scales: Tensor) -> Tensor:

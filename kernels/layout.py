@@ -38,32 +38,39 @@ def _period(bits: int) -> tuple[int, int]:
     return 32 // step, bits // step
 
 
-def _permute_gemm(codes: Tensor, order: tuple[int, ...]) -> Tensor:
-    rows, columns = codes.shape
-    if columns % 8:
-        raise ValueError(f"{columns} columns cannot be packed in AutoAWQ's layout: a multiple of 8 is needed")
-    return codes.view(rows, columns // 8, 8)[:, :, list(order)].reshape(rows, columns)
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [rows, columns] below 2^bits -> int32 words [rows, ceil(columns * bits / 32)]."""
-    if layout_for(bits) == GEMM:
-        codes = _permute_gemm(codes, GEMM_ORDER)
     rows, columns = codes.shape
+    if columns % column_multiple(bits):
+        raise ValueError(f"{columns} columns cannot be packed in AutoAWQ's layout: a multiple of 8 is needed")
     per_period, period_words = _period(bits)
     periods = math.ceil(columns / per_period)
-    padded = torch.zeros(rows, periods * per_period, dtype=torch.uint8, device=codes.device)
-    padded[:, :columns] = codes
-    padded = padded.view(rows, periods, per_period)
-    words = torch.zeros(rows, periods, period_words, dtype=torch.int64, device=codes.device)
-    for i in range(per_period):
+    if columns != periods * per_period:
+        codes = torch.nn.functional.pad(codes, (0, periods * per_period - columns))
+    pack_periods = _pack_octets if 8 % bits == 0 else _pack_stream
+    words = pack_periods(codes.reshape(rows, periods, per_period), bits, period_words)
+    return words.view(rows, -1)[:, : words_per_row(columns, bits)].contiguous()
+
+
+def _pack_octets(codes: Tensor, bits: int, period_words: int) -> Tensor:
+    """Widths that divide 8: no code straddles a byte, and bytes are what is put together."""
+    order = GEMM_ORDER if layout_for(bits) == GEMM else tuple(range(codes.shape[2]))
+    octets = torch.zeros(*codes.shape[:2], 4 * period_words, dtype=torch.uint8, device=codes.device)
+    for slot, column in enumerate(order):
+        octet, offset = divmod(slot * bits, 8)
+        octets[:, :, octet] |= codes[:, :, column] << offset
+    return octets.view(torch.int32)  # memory is little-endian
+
+
+def _pack_stream(codes: Tensor, bits: int, period_words: int) -> Tensor:
+    words = torch.zeros(*codes.shape[:2], period_words, dtype=torch.int64, device=codes.device)
+    for i in range(codes.shape[2]):
         word, offset = divmod(i * bits, 32)
-        value = padded[:, :, i].to(torch.int64) << offset
+        value = codes[:, :, i].to(torch.int64) << offset
         words[:, :, word] |= value & 0xFFFFFFFF
         if offset + bits > 32:  # a 3-bit code that straddles two words
             words[:, :, word + 1] |= value >> 32
-    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return words.view(rows, -1)[:, : words_per_row(columns, bits)].contiguous()
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
