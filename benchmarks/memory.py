@@ -1,0 +1,126 @@
+"""Peak memory of quantizing inside from_pretrained, and what it consists of (Linux, CPU).
+
+python -m benchmarks.memory                     a random Llama of 1B shape, 4 of its 16 blocks, 32 x 512 tokens
+python -m benchmarks.memory --blocks 16         all of it
+
+The model is written to a temporary directory first and loaded in a process of its own, whose memory is sampled. "Above the model" is the
+peak of a phase less what the loaded float model takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import publish, quiet
+
+SHAPE = dict(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8)
+SEQ_LEN = 512
+
+
+def resident() -> int:
+    """Bytes of this process in memory: its own, and files that it maps (a checkpoint that is not copied)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))) * 1024
+
+
+class Sampler(threading.Thread):
+    """Peak memory of every phase that `phase` is set to."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.phase = "loading"
+        self.peaks: dict[str, int] = {}
+
+    def run(self) -> None:
+        while True:
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), resident())
+            time.sleep(0.005)
+
+
+def measure(directory: str, windows: int) -> None:
+    """In the child process: quantize, and print what was seen as JSON."""
+    from contextlib import contextmanager
+
+    from transformers import AutoModelForCausalLM
+
+    from awq_hf import AwqConfig
+    from awq_hf.report import Report
+
+    quiet()
+    sampler, timed = Sampler(), Report.timed
+
+    @contextmanager
+    def sampled(report: Report, phase: str) -> Any:
+        with timed(report, phase):
+            before, sampler.phase = sampler.phase, phase
+            try:
+                yield
+            finally:
+                sampler.phase = before
+
+    setattr(Report, "timed", sampled)  # noqa: B010
+    start = resident()
+    sampler.start()
+    tokens = [torch.randint(SHAPE["vocab_size"], (SEQ_LEN,), generator=torch.Generator().manual_seed(i)) for i in range(windows)]
+    config = AwqConfig(calibration=tokens, samples=windows, seq_len=SEQ_LEN)
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    found = {"start": start, "end": resident(), "peaks": sampler.peaks, "seconds": model.awq_report.seconds}
+    print(json.dumps(found))
+
+
+def terms(config: LlamaConfig, windows: int) -> dict[str, int]:
+    """The largest parts of one block's working set, in bytes, computed from shapes: what the measured peak should be made of."""
+    hidden, inner, tokens = config.hidden_size, config.intermediate_size, windows * SEQ_LEN
+    heads = hidden + 2 * config.num_key_value_heads * (hidden // config.num_attention_heads) + hidden
+    weights = hidden * heads + 3 * hidden * inner
+    return {
+        "one block's weights (bfloat16)": 2 * weights,
+        "its float32 copy for finding folds": 4 * weights,
+        "float inputs of its layers (bfloat16)": 2 * tokens * (3 * hidden + inner),
+        "hidden states of both streams (bfloat16)": 2 * 2 * tokens * hidden,
+        "five moments of the widest layer (float32)": 5 * 4 * inner * inner,
+        "three factorizations of it (float32)": 3 * 4 * inner * inner,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--child", metavar="DIRECTORY")
+    options = parser.parse_args()
+    quiet()
+    if options.child:
+        measure(options.child, options.windows)
+        return
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, num_hidden_layers=options.blocks, tie_word_embeddings=True)
+    with tempfile.TemporaryDirectory() as directory:
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        model.save_pretrained(directory)
+        del model
+        command = [sys.executable, "-m", "benchmarks.memory", "--child", directory, "--windows", str(options.windows)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    floor = found["start"] + size
+    rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}, {"part": "python and libraries", "MB": found["start"] / 1e6}]
+    rows += [{"part": f"above the model: {name}", "MB": max(0, peak - floor) / 1e6} for name, peak in found["peaks"].items()]
+    rows += [{"part": f"computed: {name}", "MB": value / 1e6} for name, value in terms(config, options.windows).items()]
+    rows += [{"part": "quantized model, at the end", "MB": (found["end"] - found["start"]) / 1e6}]
+    title = f"memory of quantizing {options.blocks} blocks of 1B shape, {options.windows} x {SEQ_LEN} tokens"
+    publish("memory", title, rows)
+
+
+if __name__ == "__main__":
+    main()
