@@ -222,7 +222,7 @@ def check_keys(model: Any, info: Any) -> None:
 def check_float_keys(model: nn.Module, info: Any) -> None:
     """Raise ValueError when something of the decoder, which is to be quantized, stayed random; the rest is left to transformers."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+    prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     problems = [f"{name} is missing from the checkpoint" for name in sorted(info.missing_keys) if name.startswith(prefix)]
     _refuse(problems + _misshapen(info, lambda name: name.startswith(prefix)), info)
 
