@@ -28,14 +28,15 @@ def round_by_descent(weight: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS
 
     def piece(rows: slice) -> tuple[Tensor, Tensor]:
         codes = round_rows(weight[rows], grid.rows(rows), prepared)
-        return _descend(weight[rows], codes, grid.rows(rows), prepared.H, sweeps)
+        return _descend(weight[rows], codes, grid.rows(rows), prepared, sweeps)
 
     codes, scales = by_rows(piece, weight)
     return codes, Grid(scales, grid.zero_points, grid.spec)
 
 
-def _descend(weight: Tensor, codes: Tensor, grid: Grid, H: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:  # noqa: N803
+def _descend(weight: Tensor, codes: Tensor, grid: Grid, prepared: Prepared, sweeps: int) -> tuple[Tensor, Tensor]:
     """Codes [out, in] and scales [out, groups] after at most `sweeps` passes over all columns."""
+    H = prepared.H  # noqa: N806
     D = (dequantize(codes, grid) - weight).T.contiguous()  # noqa: N806  [in, out]: w' - w
     Q, scales, zero_points = codes.T.contiguous(), grid.scales.T.clone(), grid.zero_points.T.contiguous()  # noqa: N806
     width = len(Q) // len(scales)
@@ -43,11 +44,13 @@ def _descend(weight: Tensor, codes: Tensor, grid: Grid, H: Tensor, sweeps: int) 
         before = Q.clone()
         for g in range(len(scales)):
             group = slice(g * width, (g + 1) * width)
-            R = H[group] @ D  # noqa: N806  [width, out]: only the group's own part is needed while it is worked on
-            _refit_scale(Q[group], scales[g], zero_points[g], H[group, group], R, D[group])
+            inner = H[group, group] + torch.diag(prepared.damp[group])  # [width, width]
+            # [width, out]: only the group's own part of R is needed while it is worked on
+            R = (H[group] @ D).addcmul_(prepared.damp[group, None], D[group])  # noqa: N806
+            _refit_scale(Q[group], scales[g], zero_points[g], inner, R, D[group])
             for start in range(0, width, BLOCK):
                 block = slice(start, min(start + BLOCK, width))
-                _move_codes(Q[group][block], scales[g], H[group, group][block], R, D[group][block], block, grid.spec.max_code)
+                _move_codes(Q[group][block], scales[g], inner[block], R, D[group][block], block, grid.spec.max_code)
         if torch.equal(before, Q):
             break
     return Q.T.contiguous(), scales.T.contiguous()

@@ -26,20 +26,21 @@ class RoundingFailed(ArithmeticError):
     """The statistic is not usable (not positive definite even when damped, or not finite)."""
 
 
-def damped(H: Tensor) -> Tensor:  # noqa: N803
-    """H with DAMP mean(diag H) on its diagonal; a channel that is always zero gets 1 there, so that H can be inverted."""
+def damping(H: Tensor) -> Tensor:  # noqa: N803
+    """What is added to the diagonal of H, [in]: DAMP mean(diag H); 1 for a channel that is always zero, so that H can be inverted."""
     diagonal = H.diagonal()
-    result = H.clone()
-    result.diagonal().add_(torch.where(diagonal == 0, 1.0, DAMP * diagonal.mean()))
-    return result
+    return torch.where(diagonal == 0, 1.0, DAMP * diagonal.mean())
 
 
-def inverse_factor(H: Tensor, order: Tensor) -> Tensor:  # noqa: N803
-    """U upper triangular with H^-1 = U^T U, rows and columns of H taken in `order`. Raises RoundingFailed."""
-    L, failed = torch.linalg.cholesky_ex(H[order[:, None], order])  # noqa: N806
+def inverse_factor(H: Tensor, damp: Tensor, order: Tensor) -> Tensor:  # noqa: N803
+    """U upper triangular with (H + diag damp)^-1 = U^T U, rows and columns of H taken in `order`. Raises RoundingFailed."""
+    permuted = H[order[:, None], order]
+    permuted.diagonal().add_(damp[order])
+    L, failed = torch.linalg.cholesky_ex(permuted)  # noqa: N806
+    del permuted  # these are the largest matrices of a run
     if not bool(failed):
         inverse = torch.cholesky_inverse(L)
-        del L  # these are the largest matrices of a run
+        del L
         U, failed = torch.linalg.cholesky_ex(inverse, upper=True)  # noqa: N806
         if not bool(failed) and bool(torch.isfinite(U).all()):
             return U
@@ -48,17 +49,18 @@ def inverse_factor(H: Tensor, order: Tensor) -> Tensor:  # noqa: N803
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the rows of a weight share. H: damped, [in, in]; order: columns by decreasing diag H; U: factor of H^-1 in that order."""
+    """What the rows of a weight share. H: [in, in]; damp: of its diagonal, [in]; order: columns by decreasing diag H; U: see inverse_factor."""
 
     H: Tensor
+    damp: Tensor
     order: Tensor
     U: Tensor
 
     @classmethod
     def of(cls, H: Tensor) -> Prepared:  # noqa: N803
-        H = damped(H)  # noqa: N806
-        order = H.diagonal().argsort(descending=True, stable=True)
-        return cls(H, order, inverse_factor(H, order))
+        damp = damping(H)
+        order = (H.diagonal() + damp).argsort(descending=True, stable=True)
+        return cls(H, damp, order, inverse_factor(H, damp, order))
 
 
 def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, Grid]:  # noqa: N803
