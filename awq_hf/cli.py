@@ -90,7 +90,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text, .jsonl, .json or .parquet file, or a dataset as name[:config][:split]; default: the embedded multi-domain text."
+            help="A text, .jsonl, .json or .parquet file, or a dataset (directory or name)[:config][:split]; default: the embedded text."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,

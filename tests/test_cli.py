@@ -100,6 +100,16 @@ def test_quantize_prints_the_report_as_json(run: Run, model: Path, tmp_path: Pat
     assert json.loads(result.out) == json.loads((tmp_path / "out" / "report.json").read_text())
 
 
+def test_calibration_from_records(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text(json.dumps({"text": "The state of our Union. " * 40, "id": 1}))
+    result = run("quantize", model, tmp_path / "out", *PLAIN, "--calibration", tmp_path / "notes.jsonl")
+    assert result.status == 0, result.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["source"] == "notes.jsonl"
+    (tmp_path / "notes.jsonl").write_text('{"text": \n')
+    broken = run("quantize", model, tmp_path / "other", *PLAIN, "--calibration", tmp_path / "notes.jsonl")
+    assert is_one_error(broken, "notes.jsonl', line 1, is not JSON") and not (tmp_path / "other").exists()
+
+
 # demo
 
 

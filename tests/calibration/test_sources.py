@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from awq_hf.calibration import sources, tables
@@ -54,6 +54,9 @@ def test_a_file_wins_over_a_dataset_of_its_name(tmp_path: Path, monkeypatch: pyt
 
 
 @given(st.text(st.sampled_from("a ä語\n\r"), max_size=300), st.integers(8, 40))
+@example("語" * 50, 10)
+@example("aä" * 50, 11)
+@example("😀" * 50, 11)
 def test_pieces_make_up_the_file_and_break_no_character(text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PIECE", size)
@@ -66,10 +69,10 @@ def test_pieces_make_up_the_file_and_break_no_character(text: str, size: int) ->
 
 def test_pieces_end_where_the_text_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 12)
-    data = b"one two\n\nthree33\nfour five six seveneightnineten\n\neleven"
+    data = b"one two\n\nthree33\nfour five six seveneightnineten\n\ntwelve\n\na\nbcd efg"
     ends = sources._piece_ends(data)  # type: ignore[arg-type]
     found = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    assert found == [b"one two\n\n", b"three33\n", b"four five ", b"six seveneig", b"htnineten\n\n", b"eleven"]
+    assert found == [b"one two\n\n", b"three33\n", b"four five ", b"six seveneig", b"htnineten\n\n", b"twelve\n\n", b"a\nbcd efg"]
 
 
 def test_what_is_not_utf8_takes_no_longer_for_it() -> None:
@@ -115,6 +118,12 @@ def test_a_document_a_line(name: str, end: str, tmp_path: Path) -> None:
 def test_a_json_file_holds_a_list_or_one(content: Any, documents: list[Any], indent: int | None, tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", json.dumps(content, indent=indent))
     assert read(path) == documents
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_file_has_no_documents(name: str, content: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path / name, content)) == []
 
 
 def test_places_are_named(tmp_path: Path) -> None:
@@ -215,7 +224,7 @@ def test_what_looks_like_a_table() -> None:
 
 def test_what_is_small() -> None:
     """Only that is taken whole and in its order: its size has to be known."""
-    assert open_source(["a" * 3_999_999], "").is_small and not open_source(["a"] * 4_000_000, "").is_small
+    assert open_source(["a" * 3_999_999], "").is_small and not open_source(["a" * 3_999_999, "b"], "").is_small
     assert open_source(torch.zeros(10_000_000, dtype=torch.int64), "").is_small
     assert not open_source([{"text": "a"}], "").is_small and not open_source(iter("ab"), "").is_small
 
