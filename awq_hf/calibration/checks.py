@@ -41,8 +41,8 @@ def check_windows(windows: Windows, asked: int, tokenizer: Any, vocabulary: int)
 
 def _amount(tokens: int, asked: int) -> Iterator[str]:
     if min(tokens, asked) < FEW:
-        fix = "give more text" if tokens < FEW else "raise samples or seq_len"
-        yield f"is only {min(tokens, asked):,} tokens; with fewer than {FEW:,} results may be poor: {fix}"
+        fixes = ["give more text"] * (tokens < FEW) + ["raise samples or seq_len"] * (asked < FEW)
+        yield f"is only {min(tokens, asked):,} tokens; with fewer than {FEW:,} results may be poor: {' and '.join(fixes)}"
     elif tokens < asked:
         yield f"holds {tokens:,} of the {asked:,} tokens asked for (samples x seq_len); all of them are used"
 

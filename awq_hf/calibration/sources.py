@@ -100,8 +100,10 @@ def _named(given: str | os.PathLike[str], role: str) -> Source:
     if found and not path.is_dir():
         return _file(path, what)
     if found:
-        return Source(str(given), dataset(str(path), None, None, what))
+        return Source(path.resolve().name, dataset(str(path), None, None, what))
     if isinstance(given, str) and (parts := parse_name(given)):
+        if Path(parts[0]).expanduser().is_dir():
+            return Source(path.name, dataset(*parts, what))
         return Source(given, dataset(*parts, f"{what} (no such file, so a dataset's name)"))
     raise ValueError(
         f"{what} does not exist as a file or directory, and is not a dataset's name ({SYNTAX}) either; "

@@ -54,6 +54,7 @@ def test_nothing_is_said_of_good_data(caplog: pytest.LogCaptureFixture) -> None:
         (2048, 2049, "holds 2,048 of the 2,049 tokens asked for (samples x seq_len); all of them are used"),
         (2047, 4096, "is only 2,047 tokens; with fewer than 2,048 results may be poor: give more text"),
         (4096, 2047, "is only 2,047 tokens; with fewer than 2,048 results may be poor: raise samples or seq_len"),
+        (1000, 500, "is only 500 tokens; with fewer than 2,048 results may be poor: give more text and raise samples or seq_len"),
         (32, 2048, "is only 32 tokens; with fewer than 2,048 results may be poor: give more text"),
     ],
 )

@@ -29,6 +29,7 @@ SHARED: list[dict[str, Any]] = [
         ({"prompt": "Why? ", "response": "So."}, "Why? So."),
         ({"prompt": "Why?", "response": "So."}, "Why?\nSo."),
         ({"prompt": "Why?", "response": None}, "Why?"),
+        ({"prompt": "Why?", "completion": 3, "response": "So."}, "Why?\nSo."),
         ({"prompt": "", "response": "So."}, "So."),
         ({"id": 3, "body": "a text", "score": 0.5}, "a text"),
         ({"messages": HELLO, "prompt": "Hello", "prompt_id": "7"}, HELLO),

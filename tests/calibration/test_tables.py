@@ -49,6 +49,11 @@ def test_a_directory_may_have_any_name(tmp_path: Path) -> None:
     assert tables.parse_name(f"{tmp_path}/no::test") is None
 
 
+def test_messages_of_others_come_to_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^it: a b$"), tables._one_sentence("it"):
+        raise RuntimeError("a\n  b\n")
+
+
 def test_without_the_packages_it_is_said_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -92,10 +97,11 @@ def test_rows_of_a_parquet_file_are_drawn_from_all_of_it(packages: Any, tmp_path
 def test_a_directory(packages: Any, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": str(i)}) for i in range(30)))
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "unseen"}))
-    assert read(tmp_path) == [str(i) for i in range(30)] and open_source(tmp_path, "").name == str(tmp_path)
+    assert read(tmp_path) == [str(i) for i in range(30)] and open_source(tmp_path, "").name == tmp_path.name
     assert sorted(map(str, read(tmp_path, 1))) == sorted(map(str, range(30))) and read(tmp_path, 1) == read(tmp_path, 1) != read(
         tmp_path, 2
     )
+    assert open_source(f"{tmp_path}::test", "").name == f"{tmp_path.name}::test"
     assert read(f"{tmp_path}::test") == read(f"{tmp_path}:default:test") == ["unseen"]
     for given, said in ((f"{tmp_path}::dev", "dev.*train.*test"), (f"{tmp_path}:test", "'test' not found.*default")):
         with pytest.raises(ValueError, match=rf"calibration '{given}' .*cannot be loaded as a dataset .name\[:config\].*{said}"):
