@@ -96,9 +96,10 @@ def load_windows(
 
     calibration: what AwqConfig describes. tokenizer: a tokenizer, or a processor that has one; None suffices for token tensors.
     Documents are cut into windows; what is left of one is packed together with the next, and only the very last window may be
-    shorter than the others. Data of less than 4 MB of text (sources.SMALL) is taken whole and in its order. Of more, documents are
-    drawn with `seed` until they hold MARGIN * samples windows: nothing else is tokenized. Raises ValueError when there is nothing
-    to calibrate on, and ImportError where an optional package is needed to read it.
+    shorter than the others. Tokens, and texts and files of less than 4 MB (sources.SMALL), are taken whole and in their order. Of
+    all else (more text; tables; records and conversations in memory) documents are drawn with `seed` until they hold
+    MARGIN * samples windows: nothing else is tokenized. Raises ValueError when there is nothing to calibrate on, and ImportError
+    where an optional package is needed to read it.
     """
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} is too short; windows need at least 2 tokens")
