@@ -49,7 +49,7 @@ def inverse_factor(H: Tensor, damp: Tensor, order: Tensor) -> Tensor:  # noqa: N
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the rows of a weight share. H: [in, in]; damp: of its diagonal, [in]; order: columns by decreasing diag H; U: see inverse_factor."""
+    """What the rows of a weight share: H [in, in], the damping of its diagonal [in], columns by decreasing diag H, and their factor U."""
 
     H: Tensor
     damp: Tensor
