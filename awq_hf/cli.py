@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,9 +58,7 @@ def say(text: str) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from awq_hf import __version__
-
-        typer.echo(f"awq-hf {__version__}")
+        typer.echo(f"awq-hf {metadata.version('awq-hf')}")
         raise typer.Exit
 
 

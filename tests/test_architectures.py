@@ -237,7 +237,7 @@ def test_what_is_outside_of_the_blocks_stays_float_and_is_named(architecture: Ar
     heads = {"lm_head", "classifier", "score"}
     entries = quantized.config.quantization_config.modules_to_not_convert
     assert {entry for entry in entries if entry not in heads} == set(architecture.alone)
-    assert quantized.awq_report.notes == []
+    assert not any("loaders" in note or "vLLM" in note for note in quantized.awq_report.notes)
 
 
 def test_no_layer_is_worse_than_plain_rounding(quantized: Any) -> None:
