@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from awq_hf.affine import choose_grid, fake_quantize, to_quantized_weight
-from awq_hf.blocks import matrices_of
+from awq_hf.blocks import block_signature, matrices_of
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.paused import PausedForwards
 from awq_hf.calibration.stats import Moments, OutputError, output_energy
@@ -61,17 +61,14 @@ class BlockWork:
     def discover_folds(self, call: Call, known: dict[Any, list[FoldPoint]]) -> None:
         """Find the block's folds, or take over those of an equal block and verify them on this one."""
         probe = BlockProbe(self.block, *call, self.linears)
-        times = {name: probe.baseline.order.count(f"> {name}") for name in self.linears}
-        once = (tuple(name for name in group if times[name] == 1) for group in probe.input_groups())
-        self.groups = [group for group in once if group]
-        for name, count in times.items():
-            if count != 1 and name in self.specs:
+        self.groups = probe.groups_run_once()
+        for name, why in probe.not_run_once().items():
+            if name in self.specs:
                 del self.specs[name]
-                why = "it did not run on the calibration text" if count == 0 else f"it runs {count} times in its block"
                 self.report.left_in_float[f"{self.name}.{name}"] = why
         if self.recipe.scale is None:
             return
-        signature = (type(self.block), *((n, tuple(p.shape)) for n, p in self.block.named_parameters()))
+        signature = block_signature(self.block)
         if signature not in known or not verify(probe, known[signature]):
             known[signature] = discover(probe)
         self.folds = known[signature]

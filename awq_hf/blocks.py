@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from awq_hf.matrices import is_matrix
@@ -22,3 +24,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def matrices_of(block: nn.Module) -> dict[str, nn.Module]:
     """The matrices of a block (see awq_hf.matrices), by their name in it."""
     return {name: module for name, module in block.named_modules() if is_matrix(module)}
+
+
+def block_signature(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks have in common that share their folds: the class and the shapes of all parameters. Hashable."""
+    return (type(block), *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()))

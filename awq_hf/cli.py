@@ -25,6 +25,15 @@ debug = False
 Model = Annotated[str, typer.Argument(help="A directory or a Hub id.")]
 Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
 GroupSize = Annotated[int, typer.Option(help="Input channels that share a scale: 16, 32, 64, 128, 256; -1 for whole rows.")]
+Symmetric = Annotated[bool, typer.Option("--symmetric", help="No zero points.")]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens in a window; default: 512, or as many as the model takes.")]
+Rounding = Annotated[str, typer.Option(help="nearest, gptq, or descent (the best).")]
+Skip = Annotated[list[str] | None, typer.Option(help="Leave Linears whose name contains this in float. Repeatable.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(help="PART=BITS or PART=BITS:GROUP_SIZE or PART=float, for Linears whose name contains PART. Repeatable."),
+]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16, float32; auto keeps the checkpoint's.")]
 Device = Annotated[str | None, typer.Option(help='"cpu", "cuda", "cuda:1"; default: cuda if there is one.')]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -85,21 +94,18 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
     bits: Bits = 4,
     group_size: GroupSize = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
+    symmetric: Symmetric = False,
     calibration: Annotated[
         str | None,
         typer.Option(
             help="A text, .jsonl, .json or .parquet file, or a dataset (directory or name)[:config][:split]; default: the embedded text."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window; default: 512, or as many as the model takes.")] = None,
-    rounding: Annotated[str, typer.Option(help="nearest, gptq, or descent (the best).")] = "descent",
-    skip: Annotated[list[str] | None, typer.Option(help="Leave Linears whose name contains this in float. Repeatable.")] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(help="PART=BITS or PART=BITS:GROUP_SIZE or PART=float, for Linears whose name contains PART. Repeatable."),
-    ] = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    rounding: Rounding = "descent",
+    skip: Skip = None,
+    override: Override = None,
     device: Device = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
@@ -195,6 +201,45 @@ def _weights_bytes(model: str | None) -> int | None:
         return None
     files = [*Path(model).glob("model*.safetensors")] or [*Path(model).glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in files) or None
+
+
+@app.command(epilog="Examples:\n\n`awq-hf inspect meta-llama/Llama-3.2-1B --bits 3`\n\n`awq-hf inspect ./llama-awq`")
+@command
+def inspect(
+    model: Model,
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    symmetric: Symmetric = False,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    rounding: Rounding = "descent",
+    skip: Skip = None,
+    override: Override = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say what quantizing a model would do, and take; or what an AWQ checkpoint holds. Reads one block of each kind at most."""
+    import awq_hf
+    from awq_hf.compat import progress_bar
+    from awq_hf.inspection import inspect
+    from awq_hf.inspection.text import show
+
+    config = awq_hf.AwqConfig(
+        bits=bits,
+        group_size=group_size,
+        zero_point=not symmetric,
+        modules_to_not_convert=skip,
+        overrides=dict(map(_override, override or ())),
+        samples=samples,
+        seq_len=seq_len,
+        rounding=rounding,
+    )
+    found = inspect(model, config, _dtype(dtype), _device(device), progress_bar)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        show(found, console)
 
 
 @app.command()

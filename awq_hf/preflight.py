@@ -37,11 +37,22 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only models of one of them can be quantized")
+    plan, misfits = sort_out(model, recipe)
+    if not plan.specs:
+        raise ValueError(_nothing_to_quantize(model, plan.left_in_float))
+    if misfits:
+        shapes = {name: shape_of(model.get_submodule(name)) for name in plan.specs}
+        raise ValueError(_refusal(misfits, shapes, recipe.spec))
+    _check_overrides(recipe, plan.specs.keys() | plan.left_in_float.keys())
+    return plan
+
+
+def sort_out(model: nn.Module, recipe: Recipe) -> tuple[Plan, dict[str, str]]:
+    """The plan before it is judged, and those in it that cannot be stored -> why: `make_plan` refuses them."""
     prefix, blocks = find_blocks(model)
     specs: dict[str, QuantSpec] = {}
     left: dict[str, str] = {}
     misfits: dict[str, str] = {}
-    shapes: dict[str, tuple[int, int]] = {}
     for index, block in enumerate(blocks):
         inside = {f"{prefix}.{index}.{name}": shape_of(module) for name, module in matrices_of(block).items()}
         weights = sum(rows * columns for rows, columns in inside.values())
@@ -55,14 +66,9 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
             elif misfit:
                 misfits[name] = misfit
             if spec is not None and name not in left:
-                specs[name], shapes[name] = spec, shape
+                specs[name] = spec
     left = {name: left.get(name, why) for name, why in _others(model, prefix, recipe) if name not in specs}
-    if not specs:
-        raise ValueError(_nothing_to_quantize(model, left))
-    if misfits:
-        raise ValueError(_refusal(misfits, shapes, recipe.spec))
-    _check_overrides(recipe, specs.keys() | left.keys())
-    return Plan(specs, left)
+    return Plan(specs, left), misfits
 
 
 def _others(model: nn.Module, prefix: str, recipe: Recipe) -> Iterable[tuple[str, str]]:

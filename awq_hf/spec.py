@@ -45,15 +45,19 @@ class QuantSpec:
     def group_width(self, in_features: int) -> int:
         """Input channels in one group of a row of `in_features`. Raises ValueError when they do not divide."""
         if not self.divides(in_features):
-            fitting = [g for g in GROUP_SIZES if g == -1 or in_features % g == 0]
             raise ValueError(
-                f"in_features {in_features} is not divisible by group_size {self.group_size}; group sizes that divide it: {fitting}"
+                f"in_features {in_features} is not divisible by group_size {self.group_size}; "
+                f"group sizes that divide it: {group_sizes_for(in_features)}"
             )
         return in_features if self.group_size == -1 else self.group_size
 
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits for each weight, with the group's fp16 scale and packed zero point."""
         return self.bits + (16 + self.bits) / self.group_width(in_features)
+
+
+def group_sizes_for(in_features: int) -> list[int]:
+    return [g for g in GROUP_SIZES if g == -1 or in_features % g == 0]
 
 
 @dataclass(frozen=True)

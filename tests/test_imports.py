@@ -42,11 +42,13 @@ ALLOWED = {
     "api": "config hf_quantizer",
     "exporters": "spec kernels.layout linear matrices",
     "model_cards": "",
+    "inspection": "spec parallel matrices blocks headers checkpoint calibration folding recipe rounding preflight report pipeline "
+    "linear config model_cards",
     "demo": "api config evaluate linear report",
-    "cli": "api compat config demo evaluate evaluation_table linear report spec",
+    "cli": "api compat config demo evaluate evaluation_table inspection linear report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
-TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo"}
+TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "inspection"}
 LEAVES = {"cli", "demo"}  # nobody imports them, but for cli, which starts the demonstration
 
 FOUND = {*PACKAGE.rglob("*.py"), *(path for folder in BARE for path in (PACKAGE / folder).rglob("*.py"))}  # links are not followed

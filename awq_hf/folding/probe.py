@@ -93,6 +93,18 @@ class BlockProbe:
                 groups.setdefault(id(self.baseline.raw_inputs[name]), []).append(name)
         return [tuple(names) for names in groups.values()]
 
+    def not_run_once(self) -> dict[str, str]:
+        """Linears that the block does not call exactly once, and that therefore stay in float -> why."""
+        times = {name: self.baseline.order.count(f"> {name}") for name in self.linears}
+        why = lambda n: "it did not run on the calibration text" if n == 0 else f"it runs {n} times in its block"  # noqa: E731
+        return {name: why(count) for name, count in times.items() if count != 1}
+
+    def groups_run_once(self) -> list[tuple[str, ...]]:
+        """`input_groups` of the Linears that the block calls exactly once."""
+        left_out = self.not_run_once()
+        once = (tuple(name for name in group if name not in left_out) for group in self.input_groups())
+        return [group for group in once if group]
+
     def output_is_unchanged(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether the block computes the same with these parameters in place of its own."""
         changed = self.run(parameters=parameters).output

@@ -1,0 +1,31 @@
+"""`awq-hf inspect`: what quantizing a float checkpoint will do and cost, or what an AWQ checkpoint holds."""
+
+from __future__ import annotations
+
+from awq_hf.config import AwqConfig
+from awq_hf.inspection.contents import Contents, read_contents
+from awq_hf.inspection.forecast import Forecast, forecast
+from awq_hf.inspection.source import open_source
+from awq_hf.pipeline import Progress
+
+__all__ = ["Contents", "Forecast", "inspect"]
+
+
+def inspect(
+    model: str, config: AwqConfig | None = None, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
+) -> Forecast | Contents:
+    """Look at a directory or Hub id, whose weights are not read but for one decoder block of each shape.
+
+    config, dtype, device: as for quantizing an ordinary checkpoint; of no use with an AWQ one, which says all that by itself.
+    Raises ValueError or FileNotFoundError for what is neither.
+    """
+    source = open_source(model)
+    if source.quantization is None:
+        if any(name.endswith(".qweight") for name in source.headers):
+            raise ValueError(f"{model} holds *.qweight, so it is quantized already, but its config.json has no quantization_config")
+        return forecast(source, config or AwqConfig(), dtype, device, progress)
+    if source.quant_method == "awq":
+        return read_contents(source)
+    raise ValueError(
+        f"{model} is quantized already, with {source.quant_method}; awq-hf inspect reads float and AWQ checkpoints: give the float model"
+    )

@@ -1,0 +1,120 @@
+"""What an AWQ checkpoint holds, from its config.json, the headers of its tensors, and report.json where there is one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from awq_hf.checkpoint import convert_modules, match_tensors
+from awq_hf.config import AwqConfig
+from awq_hf.inspection.forecast import starred
+from awq_hf.inspection.source import Source, stored_bytes
+from awq_hf.linear import AwqLinear
+from awq_hf.model_cards.summary import loss_ratio
+
+_PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """model: as it was named; sizes in bytes, by kind; parameters of the model that the checkpoint stands for.
+
+    version: what the config calls the layout; layouts: what the tensors are in. overrides: as in AwqConfig.
+    problem: why awq-hf cannot load it, None when every tensor fits the config. bits_per_weight: of the quantized modules, with scales and
+    zero points; None where the problem hides it. left_in_float: modules that hold matrices -> how many.
+    loss_ratio, calibration: from report.json, or None.
+    """
+
+    model: str
+    class_name: str
+    dtype: str
+    parameters: int
+    version: str | None
+    layouts: list[str]
+    spec: dict[str, Any]
+    overrides: dict[str, Any]
+    written_by: str | None
+    quantized_modules: int
+    bits_per_weight: float | None
+    scales: list[str]
+    left_in_float: dict[str, int]
+    bytes: dict[str, int]
+    problem: str | None
+    loss_ratio: float | None
+    calibration: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "awq", **asdict(self)}
+
+
+def read_contents(source: Source) -> Contents:
+    stored = source.quantization
+    assert stored is not None
+    config = AwqConfig.from_dict(stored)
+    model = source.empty_model(source.dtype())
+    parameters = sum(p.numel() for p in model.parameters())
+    heads = _heads(model)
+    layouts: set[str] = set()
+    problem = None
+    try:
+        layouts = set(convert_modules(model, source.headers, config.spec_of, config.version).values())
+        tensors = match_tensors(model, source.headers)
+        heads = {tensors.get(name, name) for name in heads}
+    except ValueError as error:
+        problem = str(error)
+    owners = {name.rpartition(".")[0] for name in source.headers if name.endswith(".qweight")}
+    sizes = {"quantized": 0, "embeddings": 0, "other": 0}
+    for name, info in source.headers.items():
+        owner, _, part = name.rpartition(".")
+        packed = owner in owners and part in _PACKED
+        sizes["quantized" if packed else "embeddings" if name in heads else "other"] += stored_bytes(info)
+    weights = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, AwqLinear))
+    return Contents(
+        model=source.name,
+        class_name=type(model).__name__,
+        dtype=str(source.dtype()).removeprefix("torch."),
+        parameters=parameters,
+        version=config.version,
+        layouts=sorted(layouts),
+        spec=asdict(config.spec()),
+        overrides=config.overrides,
+        written_by=_writer(source, stored),
+        quantized_modules=len(owners),
+        bits_per_weight=8 * sizes["quantized"] / weights if problem is None else None,
+        scales=sorted({info.dtype for name, info in source.headers.items() if name.endswith(".scales")}),
+        left_in_float=dict(Counter(map(starred, _float_modules(model)))) if problem is None else {},
+        bytes=sizes,
+        problem=problem,
+        loss_ratio=loss_ratio(source.report["layers"]) if source.report else None,
+        calibration=source.report["calibration"] if source.report else None,
+    )
+
+
+def _heads(model: Any) -> set[str]:
+    """The model's names of the embeddings' weights."""
+    heads = [head for head in (model.get_input_embeddings(), model.get_output_embeddings()) if head is not None]
+    return {f"{name}.weight" for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
+def _float_modules(model: nn.Module) -> list[str]:
+    """Modules that hold matrices and are neither quantized nor embeddings."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, (AwqLinear, nn.Embedding)) and any(p.ndim > 1 for p in module.parameters(recurse=False))
+    ]
+
+
+def _writer(source: Source, stored: dict[str, Any]) -> str | None:
+    """The program that wrote the checkpoint, by the marks that programs leave."""
+    if source.report and "awq-hf" in source.report.get("versions", {}):
+        return f"awq-hf {source.report['versions']['awq-hf']}"
+    meta = stored.get("meta")
+    marks = (meta.get("quantizer") if isinstance(meta, dict) else None, stored.get("provider"))
+    named = next((mark for mark in marks if mark), None)
+    if named is None and "autoround_version" in stored:
+        named = f"auto-round {stored['autoround_version']}"
+    return None if named is None else ", ".join(named) if isinstance(named, list) else str(named)

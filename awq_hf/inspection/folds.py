@@ -1,0 +1,100 @@
+"""The folds of a model, found with the weights of one block of each kind: no other block is read.
+
+The same experiments as in a run, on random tokens in place of calibration text. A later block gets what an earlier one put
+out, as if those between them were not there: folds are verified for any input that wakes the block's channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awq_hf.blocks import block_signature, find_blocks, matrices_of
+from awq_hf.calibration.data import Batch
+from awq_hf.calibration.stream import BlockStream
+from awq_hf.folding import BlockProbe, FoldPoint, discover
+from awq_hf.matrices import as_linear
+from awq_hf.parallel import one_thread_each
+from awq_hf.pipeline import PROBE_TOKENS, Progress
+
+
+@dataclass(frozen=True)
+class BlockFolds:
+    """What the probe of one block found. groups: Linears that share an input, in order of execution; not_run_once: others -> why they
+    stay in float; seconds: the probe's time."""
+
+    index: int
+    groups: list[tuple[str, ...]]
+    not_run_once: dict[str, str]
+    folds: list[FoldPoint]
+    seconds: float
+
+    def producer_of(self, linear: str) -> str | None:
+        return next((fold.producer for fold in self.folds if linear in fold.consumers), None)
+
+
+def find_folds(
+    directory: Path, empty: Any, dtype: torch.dtype, device: str, progress: Progress | None
+) -> tuple[dict[Any, BlockFolds], dict[int, str]]:
+    """Probe one block of each signature. empty: the model on the meta device.
+
+    Returns signature -> what was found, and block -> why its probe failed, which it may do when it needs what other blocks compute.
+    """
+    prefix, blocks = find_blocks(empty)
+    first = {block_signature(block): i for i, block in reversed(list(enumerate(blocks)))}
+    signatures = {i: signature for signature, i in sorted(first.items(), key=lambda item: item[1])}
+    model = _load_blocks(directory, type(empty), prefix, signatures, dtype, device)
+    stream = BlockStream(model, model.get_submodule(prefix), [_random_batch(model)])
+    found, failed = {}, {}
+    for index, signature in progress(signatures.items(), desc="Looking for folds", unit="block") if progress else signatures.items():
+        try:
+            with one_thread_each():  # as in a run
+                found[signature] = _probe(stream, index)
+        except Exception as error:  # raised by the model's own code
+            failed[index] = f"{type(error).__name__}: {error}"
+    return found, failed
+
+
+def _random_batch(model: Any) -> Batch:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    length = min(PROBE_TOKENS, positions) if positions > 0 else PROBE_TOKENS
+    return Batch(torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)), None, held_out=False)
+
+
+def _probe(stream: BlockStream, index: int) -> BlockFolds:
+    began, block = time.perf_counter(), stream.blocks[index]
+    calls = stream.calls(index)
+    matrices = matrices_of(block)
+    for name, module in matrices.items():
+        block.set_submodule(name, as_linear(module))  # as in a run
+    probe = BlockProbe(block, *calls[0], matrices)
+    folds = discover(probe)
+    stream.advance(index, calls)
+    return BlockFolds(index, probe.groups_run_once(), probe.not_run_once(), folds, time.perf_counter() - began)
+
+
+def _load_blocks(directory: Path, model_class: type[Any], prefix: str, wanted: Collection[int], dtype: torch.dtype, device: str) -> Any:
+    """The model, with all blocks but the wanted ones emptied before loading: transformers never asks for their weights.
+
+    It also never copies a weight on the CPU that keeps its dtype: of the embeddings only the rows that are used are read.
+    """
+
+    class Partial(model_class):
+        _keys_to_ignore_on_load_unexpected = (".*",)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            blocks: Any = self.get_submodule(prefix)
+            for i, block in enumerate(blocks):
+                if i not in wanted:
+                    for table in (block._modules, block._parameters, block._buffers):
+                        table.clear()
+
+    Partial.__name__ = model_class.__name__  # transformers looks up conversions of weights by it
+    return Partial.from_pretrained(directory, dtype=dtype, device_map=device).eval()
