@@ -13,11 +13,14 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from awq_hf.config import AwqConfig
 from awq_hf.hf_quantizer import AwqHfQuantizer
 
 LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # options that say where
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 logger = logging.getLogger("awq_hf")
 
@@ -35,9 +38,9 @@ def quantize(
     text, where the one beside the model is not to be used. load_options go to from_pretrained (dtype, device_map, revision, ...).
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
+    target = None if output_dir is None else check_output(output_dir)
     if not isinstance(model, PreTrainedModel):
         check_model(model, load_options)
-    target = None if output_dir is None else check_output(output_dir)
     config = copy.copy(config or AwqConfig())
     config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
     if isinstance(model, PreTrainedModel):
@@ -110,6 +113,7 @@ def save(model: PreTrainedModel, target: Path, tokenizer: Any) -> None:
         partial.chmod(0o755)
         model.save_pretrained(partial)
         _save_tokenizer(tokenizer, partial)
+        _copy_processor(model.name_or_path, partial)
         if target.exists():
             target.rmdir()  # empty, as check_output saw
         partial.rename(target)
@@ -128,3 +132,11 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
             return
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(directory)
+
+
+def _copy_processor(source: str, directory: Path) -> None:
+    """Copy what prepares images, sound and video from beside the original model; most models have none of it."""
+    for name in PROCESSOR_FILES if source else ():  # a model made in memory comes from nowhere
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        if found is not None and not (directory / name).exists():
+            shutil.copyfile(found, directory / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,11 @@ def test_a_damaged_weight_is_named(tiny_llama: Callable[..., Any], small_config:
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"):
         awq_hf.quantize(model, small_config())
     assert not model.is_quantized and not hasattr(model.config, "quantization_config")
+
+
+def test_what_prepares_images_comes_along(llama_dir: Path, small_config: Callable[..., Any], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(llama_dir, tmp_path / "float"))
+    (source / "preprocessor_config.json").write_text('{"size": 28}')
+    awq_hf.quantize(source, small_config(), output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 28}'
+    assert not (tmp_path / "out" / "processor_config.json").exists()
