@@ -77,7 +77,7 @@ def _refusal(found: Forecast) -> list[str]:
     if found.refusal is None:
         return []
     if any(kind.refused for kind in found.kinds):
-        remedy = "choose another --group-size or --bits, or leave them in float with --skip"
+        remedy = "choose another --group-size or --bits, or leave them in float with --skip, as is reckoned below"
         return [f"awq-hf quantize refuses layers that do not fit: {remedy}."]
     return [f"awq-hf quantize refuses this: {found.refusal}"]
 
