@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from awq_hf.compat import class_of
 from awq_hf.config import AwqConfig
 from awq_hf.hf_quantizer import AwqHfQuantizer
 
@@ -39,8 +40,7 @@ def quantize(
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
     target = None if output_dir is None else check_output(output_dir)
-    if not isinstance(model, PreTrainedModel):
-        check_model(model, load_options)
+    kind = None if isinstance(model, PreTrainedModel) else check_model(model, load_options)
     config = copy.copy(config or AwqConfig())
     config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
     if isinstance(model, PreTrainedModel):
@@ -48,7 +48,8 @@ def quantize(
             raise TypeError(f"{', '.join(load_options)}: options for loading have no use with a model that is in memory")
         quantized = _quantize_in_place(model, config)
     else:
-        quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **load_options)
+        assert kind is not None
+        quantized = kind.from_pretrained(model, quantization_config=config, **load_options)
     if target is not None:
         save(quantized, target, tokenizer or config.tokenizer or quantized.name_or_path)
     return quantized
@@ -83,8 +84,11 @@ def check_output(output_dir: str | os.PathLike[str]) -> Path:
     return target
 
 
-def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> None:
-    """Raise ValueError for a name that is neither a directory here nor a repository of the Hub, and for a model that is quantized."""
+def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> Any:
+    """The class to load a model with: the one it was saved from; with trust_remote_code what AutoModelForCausalLM finds.
+
+    Raises ValueError for a name that is neither a directory here nor a repository of the Hub, and for a model that is quantized.
+    """
     name = os.fspath(model)
     if Path(name).is_dir():
         if not (Path(name) / load_options.get("subfolder", "") / "config.json").is_file():
@@ -99,6 +103,7 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "of unknown method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"{name} is quantized already ({method}); quantize the float model that it was made from")
+    return AutoModelForCausalLM if load_options.get("trust_remote_code") else class_of(config.get("architectures"))
 
 
 def _partial(target: Path) -> Path:

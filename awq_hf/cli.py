@@ -152,13 +152,14 @@ def eval(
     as_json: AsJson = False,
 ) -> None:
     """Measure models on a text: perplexity, and with --reference how far they are from the original."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import awq_hf
-    from awq_hf.compat import progress_bar
+    from awq_hf.compat import class_of, progress_bar
     from awq_hf.evaluation_table import tables
 
-    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=_dtype(dtype), device_map=_device(device))
+    options = dict(dtype=_dtype(dtype), device_map=_device(device))
+    load = lambda name: class_of(AutoConfig.from_pretrained(name).architectures).from_pretrained(name, **options)  # noqa: E731
     results = awq_hf.evaluate_many(
         {name: functools.partial(load, name) for name in models},
         None if reference is None else functools.partial(load, reference),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D as Conv1D
@@ -112,3 +114,21 @@ def skip_initialization(model: Any, names: Iterable[str]) -> None:
         module = model.get_submodule(name)
         if not module._parameters and not module._buffers:
             module._is_hf_initialized = True
+
+
+def class_of(architectures: Sequence[str] | None) -> Any:
+    """The class that a config's `architectures` names, so that a head or a vision tower is not lost; else AutoModelForCausalLM."""
+    for name in architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def empty_model(config: Any, dtype: Any) -> Any:
+    """A model of the config's own class on the meta device. Raises ValueError when transformers cannot build it."""
+    kind = class_of(config.architectures)
+    with torch.device("meta"):
+        if kind is transformers.AutoModelForCausalLM:
+            return kind.from_config(config, dtype=dtype, trust_remote_code=False)
+        return kind._from_config(config, dtype=dtype)

@@ -12,7 +12,10 @@ import torch
 import transformers
 from torch import Tensor
 
+import awq_hf
 from awq_hf.blocks import find_blocks
+from awq_hf.inspection import inspect
+from awq_hf.inspection.forecast import Forecast
 
 SIZES = dict(
     vocab_size=96,
@@ -251,3 +254,17 @@ def test_folding_keeps_the_function(
     """At 8 bits little is lost to rounding, so a wrong fold (a bias, a head, 1 + w) would stand out."""
     quantized = load(checkpoint, quantization_config=small_config(bits=8))
     assert relative_error(quantized, original, prompt) < 0.03
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "bert", "llama, classifier"])
+def test_quantize_and_inspect_take_the_class_that_was_saved(
+    name: str, random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path
+) -> None:
+    kind = ARCHITECTURES[name]
+    original = random_model(getattr(transformers, kind.config)(**kind.sizes), auto=getattr(transformers, kind.auto))
+    original.save_pretrained(tmp_path)
+    quantized = awq_hf.quantize(tmp_path, small_config())
+    assert type(quantized) is type(original)
+    found = inspect(str(tmp_path), small_config(), "auto", "cpu", None)
+    assert isinstance(found, Forecast) and found.class_name == type(original).__name__
+    assert sum(matrix.count for matrix in found.kinds) == len(quantized.awq_report.layers)

@@ -39,10 +39,10 @@ ALLOWED = {
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline compat config",
-    "api": "config hf_quantizer",
+    "api": "config hf_quantizer compat",
     "exporters": "spec kernels.layout linear matrices",
     "model_cards": "",
-    "inspection": "spec parallel matrices blocks headers checkpoint calibration folding recipe rounding preflight report pipeline "
+    "inspection": "spec parallel compat matrices blocks headers checkpoint calibration folding recipe rounding preflight report pipeline "
     "linear config model_cards",
     "demo": "api config evaluate linear report",
     "cli": "api compat config demo evaluate evaluation_table inspection linear report spec",

@@ -13,9 +13,10 @@ import torch
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from awq_hf import compat
 from awq_hf.headers import Headers, TensorInfo, read_headers
 from awq_hf.report import REPORT_NAME
 
@@ -56,10 +57,9 @@ class Source:
     def empty_model(self, dtype: torch.dtype) -> Any:
         """The model on the meta device: names, shapes and ties, no memory. Raises ValueError when transformers cannot build it."""
         try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
+            return compat.empty_model(self.config, dtype)
         except ValueError as error:
-            raise ValueError(f"{self.name}: transformers cannot build a causal language model from it: {_first_line(error)}") from error
+            raise ValueError(f"{self.name}: transformers cannot build a model from its config: {_first_line(error)}") from error
 
 
 def open_source(name: str) -> Source:

@@ -52,7 +52,7 @@ def test_directories_that_hold_no_model(llama_dir: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="cannot read its config.json"):
         inspect(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ValueError, match="cannot build a causal language model"):
+    with pytest.raises(ValueError, match="cannot build a model from its config"):
         inspect(str(tmp_path))
 
 
