@@ -163,6 +163,7 @@ class BlockWork:
                         train, held = self._moments(leader, forwards)
                     for spec in dict.fromkeys(self.specs[name] for name in names):
                         self._round([name for name in names if self.specs[name] == spec], spec, train, held)
+                    del train, held
                 del self.float_inputs[leader]
             with self.report.timed("quantized stream and statistics"):
                 return forwards.outputs()

@@ -16,12 +16,14 @@ from awq_hf.block import BlockWork
 from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stream import BlockStream, calling_order
+from awq_hf.freed import give_back
 from awq_hf.parallel import one_thread_each
 from awq_hf.preflight import Plan, check_calls, check_weights, make_plan
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 
 PROBE_TOKENS = 96  # of the first window: enough for every ReLU channel of a small block to wake up
+LARGE = 1 << 22  # weights of a block; what a smaller one leaves behind costs more time to be given back than it is worth
 
 Progress = Callable[..., Any]  # tqdm or a look-alike
 
@@ -73,6 +75,9 @@ def _quantize_blocks(model: nn.Module, recipe: Recipe, plan: Plan, windows: Wind
             work.replace(probe_calls[0])
         if progress:
             bar.set_postfix_str(work.loss_line())
+        if sum(layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE:
+            del work  # with what it captured
+            give_back()
 
 
 def _describe(windows: Windows) -> dict[str, Any]:
