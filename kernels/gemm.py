@@ -1,0 +1,106 @@
+"""Y = X W^T for several tokens, with the operands swapped: a tile is W [BN, K] times X^T [K, BM], because a tensor core can take
+its first operand from registers, where W's codes are unpacked.
+
+q - z is at most 15 in size, exact in float16 and bfloat16, and is what the tensor core multiplies; a group's scale is applied to
+its float32 sum. A code becomes a float without a conversion: 0x6400 | q is 1024 + q in float16, 0x4300 | q is 128 + q in
+bfloat16, and so is the zero point; their difference is exact. Splits of K leave float32 sums that `reduce` adds up in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from .jit import jit, operand_dtype, tl
+from .kernel_layout import kernel_group
+from .reduce import reduce
+from .tuning import GemmConfig, Problem
+
+
+@jit
+def gemm_kernel(
+    x,  # [m, k]
+    words,  # int32 [n, row_words]
+    scales,  # [n, groups]
+    zeros,  # uint8 [n, groups]
+    bias,  # [n], unread without HAS_BIAS
+    out,  # [m, n], or float32 [splits, m, n]
+    m,
+    n,
+    k,
+    row_words,
+    groups,
+    split_blocks,  # blocks of 128 columns of a split
+    GROUP: tl.constexpr,  # columns of a group, 0 = one group a row
+    HAS_BIAS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype that is multiplied
+):
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    row_ok, token_ok = rows < n, tokens < m
+    SUB: tl.constexpr = GROUP if 0 < GROUP < 128 else 128  # columns of a block that share a scale
+    INTEGER: tl.constexpr = tl.int32 if OPERAND == tl.float32 else tl.int16
+    MAGIC: tl.constexpr = 0x6400 if OPERAND == tl.float16 else (0x4300 if OPERAND == tl.bfloat16 else 0x4B000000)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for block in range(split * split_blocks, tl.minimum((split + 1) * split_blocks, row_words // 16)):
+        word = tl.load(words + rows[:, None] * row_words + (block * 16 + tl.arange(0, 16))[None, :], mask=row_ok[:, None], other=0)
+        for part in tl.static_range(128 // SUB):
+            columns = block * 128 + part * SUB + tl.arange(0, SUB)
+            values = tl.load(x + tokens[:, None] * k + columns[None, :], mask=token_ok[:, None] & (columns < k)[None, :], other=0)
+            at = rows * groups + ((block * 128 + part * SUB) // GROUP if GROUP > 0 else 0)
+            scale = tl.load(scales + at, mask=row_ok, other=0).to(tl.float32)
+            zero = tl.load(zeros + at, mask=row_ok, other=0)
+            shifts = (part * (SUB // 16) + tl.arange(0, SUB // 16)) * 4
+            code = (word[:, None, :] >> shifts[None, :, None]) & 15 | MAGIC  # [BN, SUB / 16, 16]
+            zero_code = (zero.to(tl.int32) | MAGIC).to(INTEGER).to(OPERAND, bitcast=True)
+            difference = code.to(INTEGER).to(OPERAND, bitcast=True) - zero_code[:, None, None]
+            acc += tl.dot(difference.reshape(BN, SUB), tl.trans(values.to(OPERAND))) * scale[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + rows, mask=row_ok, other=0).to(tl.float32)[:, None]
+    at = split * m * n + tokens[None, :] * n + rows[:, None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & token_ok[None, :])
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this kernel cannot do `problem`, or None."""
+    return tuning.unsupported(problem)
+
+
+def constants(group: int, has_bias: bool, dtype: torch.dtype, config: GemmConfig) -> dict[str, Any]:
+    """What is compiled into the kernel. dtype: of x."""
+    return {"GROUP": group, "HAS_BIAS": has_bias, "BN": config.bn, "BM": config.bm, "OPERAND": operand_dtype(dtype)}
+
+
+def gemm(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None = None,
+    config: GemmConfig | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Y = X W^T + bias for a problem that `supports` accepts.
+
+    x: [tokens, in], float16 or bfloat16, contiguous; words, scales, zeros: as in `KernelWeight`; bias: [out], any float dtype;
+    config, splits: from the tables of `tuning` unless given. Returns [tokens, out] in x's dtype.
+    """
+    (m, k), (n, row_words) = x.shape, words.shape
+    config = config or tuning.gemm_config(m)
+    splits = splits or tuning.splits(m, n, k, config)
+    y = x.new_empty(m, n)
+    out = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+    fused_bias = bias if splits == 1 else None
+    gemm_kernel[(-(-n // config.bn), -(-m // config.bm), splits)](
+        *(x, words, scales, zeros, fused_bias if fused_bias is not None else y, out),
+        *(m, n, k, row_words, scales.shape[1], -(-(row_words // 16) // splits)),
+        **constants(kernel_group(words, scales), fused_bias is not None, x.dtype, config),
+        **config.options(),
+    )
+    return y if splits == 1 else reduce(out, bias, y)

@@ -1,0 +1,36 @@
+"""Triton where it is installed. Without it the kernels' modules import all the same, and only launching a kernel fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not everywhere torch is: macOS, Windows, CPU builds
+    triton = tl = None
+
+MISSING = "triton is not installed, and this kernel is written in it: pip install triton"
+# Triton's interpreter runs the kernels with numpy on the CPU; the variable is read when a kernel is defined.
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+class _Missing:
+    """Stands in for a kernel where triton is missing."""
+
+    def __getitem__(self, grid: object) -> Any:
+        raise ImportError(MISSING)
+
+
+def jit(function: Callable[..., None]) -> Any:
+    return _Missing() if triton is None else triton.jit(function)
+
+
+def operand_dtype(dtype: torch.dtype) -> Any:
+    """What a kernel's tl.dot multiplies for activations of `dtype`: the same type, but float32 where the interpreter's bfloat16 is garbage."""
+    if dtype == torch.float16:
+        return tl.float16
+    return tl.float32 if INTERPRETED else tl.bfloat16

@@ -1,0 +1,104 @@
+"""Tile configurations as data, and what the Triton kernels can be asked for. Nothing is searched while a model runs.
+
+The tables are starting points from occupancy and register counts of the compiled kernels, not from timings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import jit
+from .kernel_layout import BLOCK, unsupported_groups
+
+
+@dataclass(frozen=True)
+class Problem:
+    """y [m, n] = x [m, k] W^T with W in groups of k / groups columns."""
+
+    m: int
+    n: int
+    k: int
+    groups: int  # of a row, unpadded
+    dtype: torch.dtype  # of x
+    device: str = "cuda"
+    bits: int = 4
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why no Triton kernel can do `problem`, or None."""
+    p = problem
+    if jit.triton is None:
+        return jit.MISSING
+    if p.device != "cuda" and not jit.INTERPRETED:
+        return f"the kernel runs on a GPU, not on {p.device}"
+    if p.bits != 4:
+        return f"the kernel reads 4 bits, not {p.bits}"
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernel takes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}: cast the activations"
+    if p.n % 8:
+        return f"the kernel takes out_features in multiples of 8, not {p.n}"
+    if max(p.n * p.k // 8, p.m * p.k, p.m * p.n) >= 2**31:
+        return f"{p.m} x {p.n} x {p.k} does not fit the kernel's 32-bit offsets: pass fewer tokens at a time"
+    return unsupported_groups(p.k, p.groups)
+
+
+@dataclass(frozen=True)
+class Config:
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, Any]:
+        """Of the compiler. FP fusion is set because its default changes between releases of triton."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class GemvConfig(Config):
+    rows: int  # of a program
+    quads: int  # 16-byte pieces of every row that a program reads at a time: 32 columns each
+
+
+@dataclass(frozen=True)
+class GemmConfig(Config):
+    bn: int  # out_features of a tile
+    bm: int  # tokens of a tile
+
+
+# Columns up to which a configuration is used. warps * 32 threads read `quads` pieces, one each.
+GEMV = (
+    (1024, GemvConfig(warps=1, stages=1, rows=8, quads=32)),
+    (2048, GemvConfig(warps=2, stages=1, rows=8, quads=64)),
+    (math.inf, GemvConfig(warps=4, stages=1, rows=8, quads=128)),
+)
+
+# Tokens up to which a configuration is used. bn is at least 64, the rows of one wgmma.
+GEMM = (
+    (16, GemmConfig(warps=4, stages=4, bn=64, bm=16)),
+    (32, GemmConfig(warps=4, stages=4, bn=64, bm=32)),
+    (64, GemmConfig(warps=4, stages=3, bn=64, bm=64)),
+    (128, GemmConfig(warps=8, stages=3, bn=128, bm=64)),
+    (math.inf, GemmConfig(warps=8, stages=3, bn=128, bm=128)),
+)
+
+PROGRAMS = 264  # that split-K aims at: two for each of an H100's 132 multiprocessors. Constant, so that a result is the same on any device
+MIN_BLOCKS = 4  # of 128 columns that a split has at least: less is not worth the trip through the workspace
+
+
+def gemv_config(n: int, k: int) -> GemvConfig:
+    return next(config for limit, config in GEMV if k <= limit)
+
+
+def gemm_config(m: int) -> GemmConfig:
+    return next(config for limit, config in GEMM if m <= limit)
+
+
+def splits(m: int, n: int, k: int, config: GemmConfig) -> int:
+    """Parts that K is cut into: a power of two, so that few kernels are compiled; none is empty."""
+    tiles = math.ceil(m / config.bm) * math.ceil(n / config.bn)
+    blocks = math.ceil(k / BLOCK)
+    wanted = min(PROGRAMS // tiles, blocks // MIN_BLOCKS)
+    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
