@@ -2,8 +2,8 @@
 its first operand from registers, where W's codes are unpacked.
 
 q - z is at most 15 in size, exact in float16 and bfloat16, and is what the tensor core multiplies; a group's scale is applied to
-its float32 sum. A code becomes a float without a conversion: 0x6400 | q is 1024 + q in float16, 0x4300 | q is 128 + q in
-bfloat16, and so is the zero point; their difference is exact. Splits of K leave float32 sums that `reduce` adds up in order.
+its float32 sum. A code and its zero point become floats without a conversion, both with the same power of two added (MAGIC).
+Splits of K leave float32 sums that `reduce` adds up in order.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from .jit import jit, operand_dtype, tl
 from .kernel_layout import kernel_group
 from .reduce import reduce
 from .tuning import GemmConfig, Problem
+
+# The bits of the power of two under which the last mantissa bit counts 1: MAGIC | q is that power + q, for q < 16.
+MAGIC = {"float16": 0x6400, "bfloat16": 0x4300, "float32": 0x4B000000}
 
 
 @jit
@@ -39,28 +42,31 @@ def gemm_kernel(
     BN: tl.constexpr,
     BM: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype that is multiplied
+    MAGIC: tl.constexpr,  # its bits that make an integer of the last ones
 ):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     row_ok, token_ok = rows < n, tokens < m
     SUB: tl.constexpr = GROUP if 0 < GROUP < 128 else 128  # columns of a block that share a scale
-    INTEGER: tl.constexpr = tl.int32 if OPERAND == tl.float32 else tl.int16
-    MAGIC: tl.constexpr = 0x6400 if OPERAND == tl.float16 else (0x4300 if OPERAND == tl.bfloat16 else 0x4B000000)
+    INTEGER: tl.constexpr = tl.int16 if MAGIC < 1 << 16 else tl.int32
+    pieces = tl.arange(0, SUB // 16)
+    # Nothing is loaded: these are the shifts 0, 4, .. The compiler unpacks in the registers of the dot product's operand, without a
+    # trip through shared memory, only if all it starts from are loads.
+    shifts = tl.load(words + pieces, mask=pieces + n < 0, other=pieces * 4)
     acc = tl.zeros([BN, BM], tl.float32)
     for block in range(split * split_blocks, tl.minimum((split + 1) * split_blocks, row_words // 16)):
         word = tl.load(words + rows[:, None] * row_words + (block * 16 + tl.arange(0, 16))[None, :], mask=row_ok[:, None], other=0)
         for part in tl.static_range(128 // SUB):
-            columns = block * 128 + part * SUB + tl.arange(0, SUB)
-            values = tl.load(x + tokens[:, None] * k + columns[None, :], mask=token_ok[:, None] & (columns < k)[None, :], other=0)
             at = rows * groups + ((block * 128 + part * SUB) // GROUP if GROUP > 0 else 0)
             scale = tl.load(scales + at, mask=row_ok, other=0).to(tl.float32)
-            zero = tl.load(zeros + at, mask=row_ok, other=0)
-            shifts = (part * (SUB // 16) + tl.arange(0, SUB // 16)) * 4
-            code = (word[:, None, :] >> shifts[None, :, None]) & 15 | MAGIC  # [BN, SUB / 16, 16]
-            zero_code = (zero.to(tl.int32) | MAGIC).to(INTEGER).to(OPERAND, bitcast=True)
-            difference = code.to(INTEGER).to(OPERAND, bitcast=True) - zero_code[:, None, None]
-            acc += tl.dot(difference.reshape(BN, SUB), tl.trans(values.to(OPERAND))) * scale[:, None]
+            zero = tl.load(zeros + at, mask=row_ok, other=0).to(tl.int32)
+            zero = (zero | MAGIC).to(INTEGER).to(OPERAND, bitcast=True)[:, None, None]
+            columns = block * 128 + part * SUB + tl.arange(0, SUB)
+            values = tl.load(x + tokens[:, None] * k + columns[None, :], mask=token_ok[:, None] & (columns < k)[None, :], other=0)
+            code = (word[:, None, :] >> (shifts + part * (SUB // 4))[None, :, None]) & 15 | MAGIC  # [BN, SUB / 16, 16]
+            difference = (code.to(INTEGER).to(OPERAND, bitcast=True) - zero).reshape(BN, SUB)
+            acc += tl.dot(difference, tl.trans(values.to(OPERAND))) * scale[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + rows, mask=row_ok, other=0).to(tl.float32)[:, None]
     at = split * m * n + tokens[None, :] * n + rows[:, None]
@@ -74,7 +80,9 @@ def supports(problem: Problem) -> str | None:
 
 def constants(group: int, has_bias: bool, dtype: torch.dtype, config: GemmConfig) -> dict[str, Any]:
     """What is compiled into the kernel. dtype: of x."""
-    return {"GROUP": group, "HAS_BIAS": has_bias, "BN": config.bn, "BM": config.bm, "OPERAND": operand_dtype(dtype)}
+    operand = operand_dtype(dtype)
+    tile = {"BN": config.bn, "BM": config.bm}
+    return {"GROUP": group, "HAS_BIAS": has_bias, **tile, "OPERAND": getattr(tl, operand), "MAGIC": MAGIC[operand]}
 
 
 def gemm(

@@ -53,10 +53,9 @@ def gemv_kernel(
             zero = tl.load(zeros + at, mask=ok, other=0).to(tl.float32)
             dot = tl.zeros([BN, QUADS, 4], tl.float32)
             for i in tl.static_range(SUB // 16 * part, SUB // 16 * (part + 1)):
-                power: tl.constexpr = 16 ** (i % 4)
-                field = ((word >> (16 * (i // 4))) & (15 * power)) | 0x4B000000
-                difference = field.to(tl.float32, bitcast=True) - (8388608.0 + zero * power)[:, :, None]
-                values = tl.load(x + columns + 16 * i, mask=columns + 16 * i < k, other=0).to(tl.float32) * (1.0 / power)
+                field = ((word >> (16 * (i // 4))) & (15 << 4 * (i % 4))) | 0x4B000000
+                difference = field.to(tl.float32, bitcast=True) - (8388608.0 + zero * 16 ** (i % 4))[:, :, None]
+                values = tl.load(x + columns + 16 * i, mask=columns + 16 * i < k, other=0).to(tl.float32) * 0.0625 ** (i % 4)
                 dot += difference * values[None]
             acc += tl.sum(dot, 2) * scale
     total = tl.sum(acc, 1)

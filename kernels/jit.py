@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["INTERPRETED", "MISSING", "jit", "operand_dtype", "tl", "triton"]
+
 try:
     import triton
     import triton.language as tl
@@ -29,8 +31,7 @@ def jit(function: Callable[..., None]) -> Any:
     return _Missing() if triton is None else triton.jit(function)
 
 
-def operand_dtype(dtype: torch.dtype) -> Any:
-    """What a kernel's tl.dot multiplies for activations of `dtype`: the same type, but float32 where the interpreter's bfloat16 is garbage."""
-    if dtype == torch.float16:
-        return tl.float16
-    return tl.float32 if INTERPRETED else tl.bfloat16
+def operand_dtype(dtype: torch.dtype) -> str:
+    """What tl.dot multiplies for activations of `dtype`: the same, but float32 where the interpreter's bfloat16 arithmetic is garbage."""
+    name = str(dtype).removeprefix("torch.")
+    return "float32" if INTERPRETED and name == "bfloat16" else name

@@ -68,20 +68,20 @@ class GemmConfig(Config):
     bm: int  # tokens of a tile
 
 
-# Columns up to which a configuration is used. warps * 32 threads read `quads` pieces, one each.
+# Columns up to which a configuration is used. warps * 32 threads read `quads` pieces, one each. 8 rows take 254 registers on sm_100.
 GEMV = (
-    (1024, GemvConfig(warps=1, stages=1, rows=8, quads=32)),
-    (2048, GemvConfig(warps=2, stages=1, rows=8, quads=64)),
-    (math.inf, GemvConfig(warps=4, stages=1, rows=8, quads=128)),
+    (1024, GemvConfig(warps=1, stages=1, rows=4, quads=32)),
+    (2048, GemvConfig(warps=2, stages=1, rows=4, quads=64)),
+    (math.inf, GemvConfig(warps=4, stages=1, rows=4, quads=128)),
 )
 
-# Tokens up to which a configuration is used. bn is at least 64, the rows of one wgmma.
+# Tokens up to which a configuration is used. bn is at least 64, the rows of one wgmma. Tiles of 128 x 128 spill registers.
 GEMM = (
+    (8, GemmConfig(warps=4, stages=4, bn=64, bm=8)),
     (16, GemmConfig(warps=4, stages=4, bn=64, bm=16)),
     (32, GemmConfig(warps=4, stages=4, bn=64, bm=32)),
     (64, GemmConfig(warps=4, stages=3, bn=64, bm=64)),
-    (128, GemmConfig(warps=8, stages=3, bn=128, bm=64)),
-    (math.inf, GemmConfig(warps=8, stages=3, bn=128, bm=128)),
+    (math.inf, GemmConfig(warps=8, stages=3, bn=128, bm=64)),
 )
 
 PROGRAMS = 264  # that split-K aims at: two for each of an H100's 132 multiprocessors. Constant, so that a result is the same on any device

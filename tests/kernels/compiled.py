@@ -1,0 +1,158 @@
+"""Gates on what the Triton kernels compile to, for GPUs that need not be there. Run by test_triton.py, in a process of its own.
+
+The machine code is read with the tools in triton's wheel. A change that loses what a kernel is fast by fails here: spilled
+registers, narrow loads, weights that pass through shared memory on the way to the tensor core.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from awq_hf.kernels import gemm, gemv, jit, reduce, tuning
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that programs may have (CUDA C programming guide, compute capabilities)
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = list(NAMES)
+
+
+class Compiled(NamedTuple):
+    registers: int
+    stack: int  # bytes; what spills
+    shared: int  # bytes
+    operations: list[tuple[str, str]]  # of the machine code: name and operands
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, name)) for name, _ in self.operations)
+
+
+def disassemble(cubin: bytes, path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    path.write_bytes(cubin)
+    run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", run(TOOLS / "cuobjdump", "-res-usage", path))}
+    code = run(TOOLS / "nvdisasm", "-c", path)
+    return usage, re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", code, re.MULTILINE)
+
+
+@cache
+def compiled(
+    kernel: Any, types: tuple[str, ...], constants: tuple[tuple[str, Any], ...], options: tuple[tuple[str, Any], ...], sm: int
+) -> Compiled:
+    """kernel's tensors and integers have `types` in order. Everything is a multiple of 16, as a model's matrices are."""
+    signature = dict(zip(kernel.arg_names, (*types, *["constexpr"] * len(constants)), strict=True))
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in ("m", "split_blocks", "splits", *dict(constants))
+    }
+    source = ASTSource(kernel, signature, dict(constants), aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(options))
+    path = Path(triton.knobs.cache.dir) / "gate.cubin"
+    usage, operations = disassemble(binary.asm["cubin"], path)
+    return Compiled(usage["REG"], usage["STACK"], binary.metadata.shared, operations)
+
+
+def compile_gemv(sm: int, dtype: torch.dtype, group: int, config: tuning.GemvConfig) -> Compiled:
+    x = f"*{NAMES[dtype]}"
+    constants = gemv.constants(group, True, config)
+    types = (x, "*i32", "*fp16", "*u8", x, x, *["i32"] * 4)
+    return compiled(gemv.gemv_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
+
+
+def compile_gemm(sm: int, dtype: torch.dtype, group: int, config: tuning.GemmConfig, split: bool = False) -> Compiled:
+    x = f"*{NAMES[dtype]}"
+    constants = gemm.constants(group, not split, dtype, config)
+    types = (x, "*i32", "*fp16", "*u8", x, "*fp32" if split else x, *["i32"] * 6)
+    return compiled(gemm.gemm_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
+
+
+def check_resources(code: Compiled, sm: int, warps: int, programs: int) -> None:
+    """At least `programs` fit a multiprocessor, by registers and by shared memory, and nothing spills.
+
+    The column LOCAL of cuobjdump stays 0 when registers spill; STACK and the instructions tell.
+    """
+    assert code.operations, "no machine code was read"
+    assert code.stack == 0 and code.count("STL|LDL") == 0, f"registers spill: {code.stack} bytes of stack"
+    assert code.registers * warps * 32 * programs <= 65536, f"{code.registers} registers"
+    assert code.shared * programs <= SHARED[sm], f"{code.shared} bytes of shared memory"
+    assert code.count(r"(RED|ATOMG?)(\.|$)") == 0, "atomics make results depend on timing"
+
+
+@pytest.mark.parametrize("config", [config for _, config in tuning.GEMV], ids=str)
+@pytest.mark.parametrize("sm, dtype", [(80, torch.float16), (90, torch.float16), (90, torch.bfloat16), (100, torch.bfloat16)])
+def test_gemv(sm: int, dtype: torch.dtype, config: tuning.GemvConfig) -> None:
+    code = compile_gemv(sm, dtype, 128, config)
+    check_resources(code, sm, config.warps, 16 // config.warps)  # 128 registers
+    assert code.count(r"LDG\.E(\.EF)?(\.\w+)*\.128") >= config.rows, "a row's words are not read 16 bytes at a time"
+    assert code.count(r"LDG\.E\.64") >= 8, "x is not read 4 values at a time, once for all rows"
+    assert code.count(r"LDG") <= 3 * config.rows + 8 + 1, "more loads than words, scales and zeros of each row, x, and the bias"
+    assert code.count("I2F") <= 2 * config.rows, "codes are converted to floats one by one"
+
+
+@pytest.mark.parametrize("group", [32, 64, 0])
+def test_gemv_of_other_groups(group: int) -> None:
+    config = tuning.gemv_config(4096, 4096)
+    code = compile_gemv(90, torch.float16, group, config)
+    check_resources(code, 90, config.warps, 16 // config.warps)
+    assert code.count(r"LDG\.E(\.EF)?(\.\w+)*\.128") >= config.rows
+
+
+def check_tensor_core(code: Compiled, sm: int, config: tuning.GemmConfig) -> None:
+    """The weights reach the tensor core in registers: unpacked where they are used, never stored on the way."""
+    if sm == 90:
+        wgmma = [operands for name, operands in code.operations if name.startswith("HGMMA")]
+        assert len(wgmma) == 8, f"{len(wgmma)} wgmma for 128 columns, 16 each"
+        assert all(re.match(r"\s*R\d+, R\d+, gdesc", operands) for operands in wgmma), f"W comes from shared memory: {wgmma[0]}"
+    elif sm == 80:
+        assert code.count("HMMA.16816") == 8 * (config.bn // 16) * max(1, config.bm // 8) // config.warps
+    else:
+        assert code.count("UTCHMMA") == 8
+    if sm < 100:  # tcgen05 takes W from tensor memory
+        assert code.count(r"STS\.U16") == 0 and code.count("LDSM") <= 16, "unpacked weights pass through shared memory"
+    assert code.count("HADD2|HFMA2") <= 128, "zero points are not subtracted two at a time"
+    assert code.count("I2F") == 0, "codes are converted to floats one by one"
+    assert code.count(r"LDGSTS\.E\.BYPASS\.128") > 0 and code.count(r"LDGSTS\.E ?$") == 0, "x or W is copied in pieces below 8 bytes"
+
+
+@pytest.mark.parametrize("config", [config for _, config in tuning.GEMM], ids=str)
+@pytest.mark.parametrize("sm, dtype", [(80, torch.float16), (90, torch.float16), (90, torch.bfloat16), (100, torch.bfloat16)])
+def test_gemm(sm: int, dtype: torch.dtype, config: tuning.GemmConfig) -> None:
+    code = compile_gemm(sm, dtype, 128, config, split=config.bm < 64)
+    check_resources(code, sm, config.warps, 1 if config.warps == 8 else 2)
+    check_tensor_core(code, sm, config)
+
+
+@pytest.mark.parametrize("group", [32, 64, 0])
+def test_gemm_of_other_groups(group: int) -> None:
+    config = tuning.gemm_config(64)
+    code = compile_gemm(90, torch.float16, group, config)
+    check_resources(code, 90, config.warps, 1)
+    check_tensor_core(code, 90, config)
+
+
+def test_reduce() -> None:
+    constants = {"HAS_BIAS": True, "SIZE": reduce.SIZE}
+    code = compiled(
+        reduce.reduce_kernel, ("*fp32", "*fp16", "*fp16", "i32", "i32", "i32"), tuple(constants.items()), tuple(reduce.OPTIONS.items()), 90
+    )
+    check_resources(code, 90, 4, 8)
+    assert code.count(r"LDG\.E\.128") > 0, "partial sums are not read 16 bytes at a time"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_magic_numbers_are_exact(dtype: torch.dtype) -> None:
+    codes = torch.arange(16, dtype=torch.int16)
+    floats = (codes | gemm.MAGIC[jit.operand_dtype(dtype)]).view(dtype)
+    assert torch.equal((floats[:, None] - floats[None]).int(), (codes[:, None] - codes[None]).int())
+
+
+def test_this_is_the_compiler() -> None:
+    assert not jit.INTERPRETED

@@ -1,0 +1,125 @@
+"""The Triton kernels' numerics in Triton's interpreter. Run by test_triton.py, in a process of its own.
+
+Everything is exact: scales are powers of two, inputs small integers, so every product and sum is a float32, and results that the
+output dtype holds come out bit for bit whatever the order of the sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from awq_hf.kernels import gemm, gemv, jit, layout, reference, tuning
+from awq_hf.kernels.kernel_layout import KernelWeight, to_kernel
+
+DTYPES = [torch.float16, torch.bfloat16]
+# out_features, in_features, group width: whole and partial tiles and blocks
+SHAPES = [
+    (8, 32, 32),
+    (72, 160, 32),
+    (16, 512, 32),
+    (40, 192, 64),
+    (136, 128, 128),
+    (24, 384, 128),
+    (8, 512, 256),
+    (40, 200, 200),
+    (8, 512, 512),
+]
+TOKENS = [1, 8, 9, 17, 33, 65, 129]  # whole and partial tiles of every bucket
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a launcher allocates is NaN until a kernel writes it."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+    poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *args, **kw: poison(empty(*args, **kw)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kw: poison(new_empty(self, *args, **kw)))
+
+
+class Case:
+    """Random integers; x holds few nonzero ones per token, so that results fit bfloat16's 8 bits."""
+
+    def __init__(self, n: int, k: int, width: int, m: int, dtype: torch.dtype, symmetric: bool = False, nonzero: int = 3) -> None:
+        generator = torch.Generator().manual_seed(n + k + m)
+        draw: Any = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)  # noqa: E731
+        q = draw(0, 16, n, k).to(torch.uint8)
+        zeros = torch.full((n, k // width), 8, dtype=torch.uint8) if symmetric else draw(0, 16, n, k // width).to(torch.uint8)
+        scales = torch.exp2(draw(-1, 2, n, k // width).float()).half()
+        self.x = torch.zeros(m, k).scatter_(1, draw(0, k, m, nonzero), draw(1, 3, m, nonzero).float()).to(dtype)
+        self.bias = draw(-4, 5, n).to(dtype)
+        self.weight: KernelWeight = to_kernel(q, scales, zeros)
+        packed = layout.pack(q.T.contiguous(), 4), layout.pack(zeros.T.contiguous(), 4), scales.T.contiguous()
+        self.dense = reference.dequantize(*packed, 4).double()  # [in, out]
+        self.exact = self.x.double() @ self.dense
+        self.expected = self.rounded(self.exact + self.bias.double())
+        self.problem = tuning.Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu")
+
+    def rounded(self, y: Tensor) -> Tensor:
+        """In x's dtype. The interpreter cuts float32 off to bfloat16; a GPU rounds."""
+        if self.x.dtype == torch.bfloat16:
+            return (y.float().view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
+        return y.to(self.x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    case = Case(*shape, 1, dtype, nonzero=shape[1])
+    assert gemv.supports(case.problem) is None
+    assert torch.equal(gemv.gemv(case.x, *case.weight, case.bias), case.expected)
+    assert torch.equal(gemv.gemv(case.x, *case.weight), case.rounded(case.exact))
+
+
+def test_gemv_reads_a_row_in_several_steps() -> None:
+    case = Case(24, 512, 64, 1, torch.float16, nonzero=512)
+    for rows, quads in ((1, 8), (16, 4)):
+        config = tuning.GemvConfig(warps=1, stages=1, rows=rows, quads=quads)
+        assert torch.equal(gemv.gemv(case.x, *case.weight, case.bias, config=config), case.expected)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemm(shape: tuple[int, int, int], dtype: torch.dtype, splits: int) -> None:
+    case = Case(*shape, 5, dtype, symmetric=shape[1] == 384)
+    assert gemm.supports(case.problem) is None
+    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias, splits=splits), case.expected)
+    assert torch.equal(gemm.gemm(case.x, *case.weight, splits=splits), case.rounded(case.exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_every_bucket_of_tokens(m: int, dtype: torch.dtype) -> None:
+    case = Case(136, 256, 128, m, dtype)
+    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias), case.expected)
+
+
+def test_dense_inputs_and_splits_by_the_table() -> None:
+    case = Case(64, 512, 32, 4, torch.float16, nonzero=512)
+    assert tuning.splits(4, 64, 4096, tuning.gemm_config(4)) == 8  # 32 blocks, at least 4 for each
+    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias), case.expected)
+
+
+def test_rounded_results_repeat_and_are_near() -> None:
+    generator = torch.Generator().manual_seed(0)
+    case = Case(64, 512, 128, 3, torch.float16)
+    x = torch.randn(3, 512, generator=generator).half()
+    for splits in (1, 4):
+        y = gemm.gemm(x, *case.weight, splits=splits)
+        assert torch.equal(y, gemm.gemm(x, *case.weight, splits=splits))
+        torch.testing.assert_close(y.double(), x.double() @ case.dense, rtol=2**-10, atol=1e-3)
+
+
+def test_unread_padding_of_the_last_block_may_be_anything() -> None:
+    case = Case(16, 160, 32, 3, torch.float16)
+    case.weight.words[:, 16:] |= -256  # nibbles 2 to 7; 0 and 1 are the row's last 32 columns
+    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias), case.expected)
+    assert torch.equal(gemv.gemv(case.x[:1], *case.weight, case.bias), case.expected[:1])
+
+
+def test_this_is_the_interpreter() -> None:
+    assert jit.INTERPRETED

@@ -1,0 +1,81 @@
+"""The Triton kernels: numbers from the interpreter, gates on compiled code; neither needs a GPU. Whether triton interprets is settled
+when it is imported, so that each runs in a process of its own, and the rest of the suite sees neither."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    environment["PYTHONPATH"] = os.pathsep.join((str(REPOSITORY), environment.get("PYTHONPATH", "")))
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("file, interpret", [("interpreted.py", "1"), ("compiled.py", "0")])
+def test_kernels(file: str, interpret: str, tmp_path: Path) -> None:
+    pytest_options = ("-q", "-x", "--noconftest", "-p", "no:cacheprovider")
+    run = python("-m", "pytest", *pytest_options, str(HERE / file), TRITON_INTERPRET=interpret, TRITON_CACHE_DIR=str(tmp_path))
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import torch
+from awq_hf.kernels import gemm, gemv, reduce, tuning
+problem = tuning.Problem(m=1, n=8, k=128, groups=1, dtype=torch.float16)
+print(gemm.supports(problem), gemv.supports(problem), sep="\\n")
+weight = torch.zeros(8, 16, dtype=torch.int32), torch.ones(8, 1).half(), torch.zeros(8, 1, dtype=torch.uint8)
+for kernel in (gemv.gemv, gemm.gemm):
+    try:
+        kernel(torch.ones(1, 128).half(), *weight)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_modules_import_without_triton_and_say_what_is_missing() -> None:
+    run = python("-c", WITHOUT_TRITON)
+    assert run.stdout.splitlines() == ["triton is not installed, and this kernel is written in it: pip install triton"] * 4, run.stderr
+
+
+REFUSED: list[tuple[dict[str, object], str]] = [
+    (dict(bits=8), "reads 4 bits, not 8"),
+    (dict(dtype=torch.float32), "takes float16 and bfloat16, not float32"),
+    (dict(n=12), "out_features in multiples of 8, not 12"),
+    (dict(groups=8), "not of 48"),
+    (dict(device="cpu"), "runs on a GPU, not on cpu"),
+    (dict(m=1 << 20, n=1 << 12), "does not fit the kernel's 32-bit offsets"),
+]
+SUPPORTS = """
+import torch
+from awq_hf.kernels import gemm, gemv, jit, tuning
+jit.triton = jit.triton or object()  # the other reasons are given where triton is missing, too
+problem = lambda **changed: tuning.Problem(**{**dict(m=1, n=64, k=384, groups=3, dtype=torch.float16), **changed})
+print(gemm.supports(problem()), gemv.supports(problem()), gemv.supports(problem(m=2)), sep="\\n")
+"""
+
+
+def test_problems_that_no_kernel_takes_are_refused_with_the_reason() -> None:
+    printed = "\n".join(
+        f"print(gemm.supports(problem(**{changes!r})), gemv.supports(problem(**{changes!r})), sep='|')" for changes, _ in REFUSED
+    )
+    run = python("-c", SUPPORTS + printed)
+    accepted, lines = run.stdout.splitlines()[:3], run.stdout.splitlines()[3:]
+    assert accepted == ["None", "None", "the kernel multiplies 1 token, not 2"], run.stderr
+    assert len(lines) == len(REFUSED)
+    for line, (changes, reason) in zip(lines, REFUSED, strict=True):
+        gemm_reason, gemv_reason = line.split("|")
+        assert reason in gemm_reason and (reason in gemv_reason or "m" in changes), line
