@@ -23,7 +23,7 @@ from .tuning import GemmConfig, Problem
 MAGIC = {"float16": 0x6400, "bfloat16": 0x4300, "float32": 0x4B000000}
 
 
-@jit
+@jit(varying=("m", "split_blocks"))
 def gemm_kernel(
     x,  # [m, k]
     words,  # int32 [n, row_words]

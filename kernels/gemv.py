@@ -17,7 +17,7 @@ from .kernel_layout import kernel_group
 from .tuning import GemvConfig, Problem
 
 
-@jit
+@jit()
 def gemv_kernel(
     x,  # [k]
     words,  # int32 [n, row_words]

@@ -27,8 +27,9 @@ class _Missing:
         raise ImportError(MISSING)
 
 
-def jit(function: Callable[..., None]) -> Any:
-    return _Missing() if triton is None else triton.jit(function)
+def jit(*, varying: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
+    """Decorates a kernel. varying: integers that differ from call to call; no variant is compiled for those that are multiples of 16."""
+    return lambda function: _Missing() if triton is None else triton.jit(function, do_not_specialize=varying)
 
 
 def operand_dtype(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ SIZE = 512  # values of a program
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-@jit
+@jit(varying=("splits",))
 def reduce_kernel(workspace, bias, y, size, n, splits, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     ok = at < size

@@ -50,9 +50,7 @@ def compiled(
 ) -> Compiled:
     """kernel's tensors and integers have `types` in order. Everything is a multiple of 16, as a model's matrices are."""
     signature = dict(zip(kernel.arg_names, (*types, *["constexpr"] * len(constants)), strict=True))
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name not in ("m", "split_blocks", "splits", *dict(constants))
-    }
+    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)}
     source = ASTSource(kernel, signature, dict(constants), aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(options))
     path = Path(triton.knobs.cache.dir) / "gate.cubin"

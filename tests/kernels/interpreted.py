@@ -6,6 +6,8 @@ output dtype holds come out bit for bit whatever the order of the sums.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,13 +33,28 @@ SHAPES = [
 TOKENS = [1, 8, 9, 17, 33, 65, 129]  # whole and partial tiles of every bucket
 
 
+MARGIN = 1 << 16  # values
+
+
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a launcher allocates is NaN until a kernel writes it."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-    poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *args, **kw: poison(empty(*args, **kw)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kw: poison(new_empty(self, *args, **kw)))
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that a launcher allocates is NaN until a kernel writes it, and so is a margin after it, which no kernel may write."""
+    empty, new_empty, margins = torch.empty, Tensor.new_empty, []
+
+    def poison(*shape: int, dtype: torch.dtype, device: Any = None) -> Tensor:
+        if not dtype.is_floating_point:
+            return empty(*shape, dtype=dtype, device=device)
+        size = math.prod(shape)
+        memory = torch.full((size + MARGIN,), float("nan"), dtype=dtype)
+        margins.append(memory[size:])
+        return memory[:size].view(shape)
+
+    monkeypatch.setattr(torch, "empty", poison)
+    # The interpreter passes a device, the launchers do not.
+    launcher = lambda self, *shape, **kw: new_empty(self, *shape, **kw) if kw else poison(*shape, dtype=self.dtype)  # noqa: E731
+    monkeypatch.setattr(Tensor, "new_empty", launcher)
+    yield
+    assert all(bool(margin.isnan().all()) for margin in margins), "a kernel wrote outside its output"
 
 
 class Case:
