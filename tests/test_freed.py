@@ -19,8 +19,7 @@ def resident():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
 
 torch.empty(1 << 22).fill_(1)  # 16 MB, mapped and freed: from now on glibc keeps pieces of this size in its heap
-pieces = [torch.ones(1 << 20) for _ in range(64)]
-pin = torch.ones(1 << 10)  # at the end of the heap, which can then not shrink by itself
+pieces, pins = zip(*[(torch.ones(1 << 20), torch.ones(1 << 14)) for _ in range(64)])  # what stays keeps the heap from shrinking
 del pieces
 before = resident()
 give_back()
