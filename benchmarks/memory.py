@@ -39,7 +39,7 @@ class Sampler(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.phase = "loading"
+        self.phase = "loading, and between the phases"
         self.peaks: dict[str, int] = {}
 
     def run(self) -> None:
