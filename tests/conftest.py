@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -159,3 +160,28 @@ def demo_dir() -> Path:
     import awq_hf
 
     return Path(awq_hf.__file__).parent / "data" / "demo"
+
+
+class CommandResult(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandResult]:
+    """run("quantize", MODEL, OUT, ...): the console script's main(), in this process."""
+    from awq_hf import cli
+
+    def call(*arguments: object) -> CommandResult:
+        monkeypatch.setattr(sys, "argv", ["awq-hf", *map(str, arguments)])
+        monkeypatch.setattr(cli, "debug", False)
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return CommandResult(status, *capsys.readouterr())
+
+    return call

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,37 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import awq_hf
-from awq_hf import cli
 
 QUICK = ["--samples", "2", "--seq-len", "32", "--rounding", "nearest"]
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
+Run = Callable[..., Any]
 
 
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["awq-hf", *map(str, arguments)])
-        monkeypatch.setattr(cli, "debug", False)
-        capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Result(status, *capsys.readouterr())
-
-    return call
-
-
-def is_one_sentence(result: Result, *parts: str) -> bool:
+def is_one_sentence(result: Any, *parts: str) -> bool:
     text = " ".join(result.err.split())
     return result.status == 1 and text.startswith("error: ") and "Traceback" not in text and all(part in text for part in parts)
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,39 +17,21 @@ from awq_hf.inspection import costs
 from awq_hf.inspection.text import duration, size
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def inspect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """inspect(MODEL, ...): the console script's main(), in this process, on a terminal of 80 columns."""
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["awq-hf", "inspect", *map(str, arguments), "--device", "cpu"])
-        monkeypatch.setattr(cli, "debug", False)
-        monkeypatch.setattr(cli.console, "width", 80)
-        capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Result(status, *capsys.readouterr())
-
-    return call
+def inspect(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """inspect(MODEL, ...): on a terminal of 80 columns."""
+    monkeypatch.setattr(cli.console, "width", 80)
+    return lambda *arguments: run("inspect", *arguments, "--device", "cpu")
 
 
-def lines_of(result: Result) -> list[str]:
+def lines_of(result: Any) -> list[str]:
     """As words with single spaces between them; none is wider than the terminal."""
     assert result.status == 0, result.err
     assert all(len(line) <= 80 and not line.endswith("-") for line in result.out.splitlines())  # options are not broken at hyphens
     return [" ".join(line.split()) for line in result.out.splitlines()]
 
 
-def test_the_demonstration_model(inspect: Callable[..., Result], demo_dir: Path) -> None:
+def test_the_demonstration_model(inspect: Callable[..., Any], demo_dir: Path) -> None:
     lines = lines_of(inspect(demo_dir / "model", "--samples", 8, "--seq-len", 64))
     assert "LlamaForCausalLM, bfloat16, 2,623,744 parameters, 5.25 MB on disk" in lines
     assert "4 blocks in model.layers" in lines and "Quantized to 4 bits, groups of 128, with zero points" in lines
@@ -61,7 +43,7 @@ def test_the_demonstration_model(inspect: Callable[..., Result], demo_dir: Path)
     assert "Memory about" in text and "Time about" in text and "for 8 windows of 64 tokens" in text and "WARNING" not in text
 
 
-def test_json_is_all_there_is_on_stdout(inspect: Callable[..., Result], demo_dir: Path) -> None:
+def test_json_is_all_there_is_on_stdout(inspect: Callable[..., Any], demo_dir: Path) -> None:
     result = inspect(
         demo_dir / "model",
         "--samples",
@@ -85,7 +67,7 @@ def test_json_is_all_there_is_on_stdout(inspect: Callable[..., Result], demo_dir
     assert kinds["mlp.down_proj"]["bits_per_weight"] == 8 + 24 / 64
 
 
-def test_what_does_not_fit_is_named(inspect: Callable[..., Result], llama_dir: Path) -> None:
+def test_what_does_not_fit_is_named(inspect: Callable[..., Any], llama_dir: Path) -> None:
     lines = lines_of(inspect(llama_dir, "--group-size", 64, "--skip", "o_proj", "--rounding", "nearest"))
     assert "mlp.down_proj 64 x 96 2 mlp.up_proj float" in lines
     assert "in_features 96 is not divisible by group_size 64; these divide it: -1, 16, 32" in " ".join(lines)
@@ -93,7 +75,7 @@ def test_what_does_not_fit_is_named(inspect: Callable[..., Result], llama_dir: P
     assert "awq-hf quantize refuses layers that do not fit" in " ".join(lines)
 
 
-def test_a_short_memory_is_warned_of(inspect: Callable[..., Result], llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_memory_is_warned_of(inspect: Callable[..., Any], llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "this_program", lambda _device: {})
     monkeypatch.setattr(costs, "free_memory", lambda _device: 10**6)
     lines = lines_of(inspect(llama_dir, "--group-size", 32))
@@ -102,7 +84,7 @@ def test_a_short_memory_is_warned_of(inspect: Callable[..., Result], llama_dir: 
     assert "The model alone is larger." in " ".join(lines_of(inspect(llama_dir, "--group-size", 32))[-2:])
 
 
-def test_an_architecture_with_long_names(inspect: Callable[..., Result], random_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_architecture_with_long_names(inspect: Callable[..., Any], random_model: Callable[..., Any], tmp_path: Path) -> None:
     sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     random_model(transformers.GPTNeoXConfig(**sizes)).save_pretrained(tmp_path)
     lines = lines_of(inspect(tmp_path, "--group-size", 32))
@@ -110,7 +92,7 @@ def test_an_architecture_with_long_names(inspect: Callable[..., Result], random_
     assert "mlp.dense_4h_to_h 64 x 96 2 none 4.62" in lines
 
 
-def test_what_there_is_several_times(inspect: Callable[..., Result], random_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_there_is_several_times(inspect: Callable[..., Any], random_model: Callable[..., Any], tmp_path: Path) -> None:
     sizes = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     random_model(transformers.Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)).save_pretrained(
         tmp_path
@@ -118,7 +100,7 @@ def test_what_there_is_several_times(inspect: Callable[..., Result], random_mode
     assert "model.layers.*.mlp.experts (x 2)" in lines_of(inspect(tmp_path, "--group-size", 32))
 
 
-def test_an_awq_checkpoint(inspect: Callable[..., Result], quantized_dir: Path) -> None:
+def test_an_awq_checkpoint(inspect: Callable[..., Any], quantized_dir: Path) -> None:
     lines = lines_of(inspect(quantized_dir))
     assert "LlamaForCausalLM, AWQ gemm: 4 bits, groups of 32, with zero points" in lines
     assert "14 modules quantized, 4.62 bits a weight; scales F16" in lines
@@ -127,7 +109,7 @@ def test_an_awq_checkpoint(inspect: Callable[..., Result], quantized_dir: Path) 
     assert json.loads(inspect(quantized_dir, "--json").out)["kind"] == "awq"
 
 
-def test_errors_are_one_sentence(inspect: Callable[..., Result], llama_dir: Path, tmp_path: Path) -> None:
+def test_errors_are_one_sentence(inspect: Callable[..., Any], llama_dir: Path, tmp_path: Path) -> None:
     for arguments, part in (
         ([tmp_path / "nowhere"], "there is no directory"),
         ([tmp_path], "holds no config.json"),
