@@ -209,8 +209,6 @@ class BlockWork:
         linear.weight.data.copy_(best.dequantized())
         if name in self.out_scales and linear.bias is not None:
             linear.bias.data.copy_(linear.bias.data.to(torch.float32) / self.out_scales[name])
-        if not bool(original.any()):
-            self.report.notes.append(f"the weight of {self.name}.{name} is zero throughout: the checkpoint may be damaged")
         choice, energy = self.choices.get(name), max(float(output_energy(weight, held).sum()), 1e-30)
         self.layers[name] = LayerReport(
             name=f"{self.name}.{name}",

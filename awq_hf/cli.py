@@ -114,18 +114,8 @@ def quantize(
     """Quantize a model and write a checkpoint that vLLM, SGLang, transformers and MLX read (4 bits)."""
     import awq_hf
 
-    config = awq_hf.AwqConfig(
-        bits=bits,
-        group_size=group_size,
-        zero_point=not symmetric,
-        modules_to_not_convert=skip,
-        overrides=dict(map(_override, override or ())),
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-        rounding=rounding,
-        seed=seed,
-    )
+    what = _config(bits, group_size, symmetric, skip, override)
+    config = awq_hf.AwqConfig(**what, calibration=calibration, samples=samples, seq_len=seq_len, rounding=rounding, seed=seed)
     result: Any = awq_hf.quantize(model, config, output_dir=out, dtype=_dtype(dtype), device_map=_device(device))
     if as_json:
         typer.echo(json.dumps(result.awq_report.to_dict()))
@@ -226,16 +216,8 @@ def inspect(
     from awq_hf.inspection import inspect
     from awq_hf.inspection.text import show
 
-    config = awq_hf.AwqConfig(
-        bits=bits,
-        group_size=group_size,
-        zero_point=not symmetric,
-        modules_to_not_convert=skip,
-        overrides=dict(map(_override, override or ())),
-        samples=samples,
-        seq_len=seq_len,
-        rounding=rounding,
-    )
+    what = _config(bits, group_size, symmetric, skip, override)
+    config = awq_hf.AwqConfig(**what, samples=samples, seq_len=seq_len, rounding=rounding)
     found = inspect(model, config, _dtype(dtype), _device(device), progress_bar)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
@@ -254,6 +236,12 @@ def demo(
     from awq_hf.demo import run
 
     run(out, bits, group_size, console)
+
+
+def _config(bits: int, group_size: int, symmetric: bool, skip: list[str] | None, override: list[str] | None) -> dict[str, Any]:
+    """AwqConfig's options for how layers are stored, from the command line's."""
+    overrides = dict(map(_override, override or ()))
+    return dict(bits=bits, group_size=group_size, zero_point=not symmetric, modules_to_not_convert=skip, overrides=overrides)
 
 
 def _override(text: str) -> tuple[str, dict[str, int] | None]:

@@ -164,3 +164,7 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
         weight = model.get_submodule(name).get_parameter("weight")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}.weight holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")
+        if not bool(weight.any()):
+            raise ValueError(
+                f"{name}.weight is zero throughout: the checkpoint is damaged, or if this is meant, modules_to_not_convert=[{name!r}]"
+            )
