@@ -116,6 +116,12 @@ def skip_initialization(model: Any, names: Iterable[str]) -> None:
             module._is_hf_initialized = True
 
 
+def is_offloaded(module: Any) -> bool:
+    """Whether accelerate keeps the module's weights elsewhere and brings them for every call."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
+
+
 def class_of(architectures: Sequence[str] | None) -> Any:
     """The class that a config's `architectures` names, so that a head or a vision tower is not lost; else AutoModelForCausalLM."""
     for name in architectures or ():

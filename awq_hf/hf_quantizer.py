@@ -22,6 +22,7 @@ from awq_hf.kernels.layout import GEMM, WIDE
 from awq_hf.linear import ScaledActivation
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import check_room, make_plan, stored_bytes
+from awq_hf.prepare import prepare_kernels
 from awq_hf.recipe import Recipe
 from awq_hf.skip_list import caveats, skip_list
 
@@ -94,6 +95,7 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self.pre_quantized:
             self._finish_loading(model)
+            prepare_kernels(model)
             compat.after_saving(model, _complete)
             return model
         assert self.windows is not None and self.recipe is not None
@@ -104,6 +106,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.quantization_config.modules_to_not_convert = entries or None
         report.notes += caveats(entries, report.left_in_float, quantized)
         model.awq_report = report
+        prepare_kernels(model)
         compat.after_saving(model, _complete)
         return model
 

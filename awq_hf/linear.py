@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from awq_hf.kernels import layout, ops, reference
+from awq_hf.kernels import layout, ops
+from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS, Layout, choose_layout
+from awq_hf.kernels.problem import Problem
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
 
@@ -16,7 +20,8 @@ class AwqLinear(nn.Module):
 
     Parameters, named and shaped as AutoAWQ's gemm checkpoints have them, so that the state dict is the file:
     qweight int32 [in, out * bits / 32], qzeros int32 [groups, out * bits / 32], scales float16 [groups, out],
-    bias [out] or None. Not an nn.Linear: code that reads `.weight` must not take packed words for a matrix.
+    bias [out] or None. After `prepare` the first three give way to what a kernel reads; the state dict remains the file.
+    Not an nn.Linear: code that reads `.weight` must not take packed words for a matrix.
     """
 
     def __init__(
@@ -33,12 +38,13 @@ class AwqLinear(nn.Module):
         super().__init__()
         self.replaces = replaces
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        groups = in_features // spec.group_width(in_features)
+        self.layout = CANONICAL.name
+        self.groups = in_features // spec.group_width(in_features)
         words = layout.words_per_row(out_features, spec.bits)
         empty: Callable[..., Tensor] = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device=device)  # noqa: E731
         self.qweight = nn.Parameter(empty(in_features, words, dtype=torch.int32), requires_grad=False)
-        self.qzeros = nn.Parameter(empty(groups, words, dtype=torch.int32), requires_grad=False)
-        self.scales = nn.Parameter(empty(groups, out_features, dtype=torch.float16), requires_grad=False)
+        self.qzeros = nn.Parameter(empty(self.groups, words, dtype=torch.int32), requires_grad=False)
+        self.scales = nn.Parameter(empty(self.groups, out_features, dtype=torch.float16), requires_grad=False)
         if bias:
             self.bias = nn.Parameter(empty(out_features, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
         else:
@@ -49,39 +55,94 @@ class AwqLinear(nn.Module):
         """Pack a QuantizedWeight. `bias` [out] keeps its dtype."""
         out_features, in_features = weight.shape
         self = cls(in_features, out_features, weight.spec, device="meta", replaces=replaces)
-        pack = lambda codes: layout.pack(codes.T.contiguous(), weight.spec.bits)  # noqa: E731  [in or groups, words]
-        self.qweight = nn.Parameter(pack(weight.q), requires_grad=False)
-        self.qzeros = nn.Parameter(pack(weight.zero_points), requires_grad=False)
-        self.scales = nn.Parameter(weight.scales.T.contiguous(), requires_grad=False)
+        self._hold(CANONICAL, CANONICAL.pack(weight.q, weight.scales, weight.zero_points, weight.spec.bits))
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return self
 
     def to_quantized(self) -> QuantizedWeight:
         """The canonical weight, unpacked: the inverse of `from_quantized`."""
-        unpack = lambda words: layout.unpack(words, self.spec.bits, self.out_features).T.contiguous()  # noqa: E731
-        return QuantizedWeight(q=unpack(self.qweight), scales=self.scales.T.contiguous(), zero_points=unpack(self.qzeros), spec=self.spec)
+        q, scales, zero_points = LAYOUTS[self.layout].unpack(self._parts(), self.problem(1, torch.float32))
+        return QuantizedWeight(q=q, scales=scales, zero_points=zero_points, spec=self.spec)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight as a plain Linear holds it: [out, in] in `dtype`, rounded once from the exact float32 value."""
-        return reference.dequantize(self.qweight, self.qzeros, self.scales, self.spec.bits).to(dtype).T.contiguous()
+        rows = LAYOUTS[self.layout].rows(self._parts(), slice(None), self.problem(1, dtype))
+        return rows.to(dtype).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.qweight, self.qzeros, self.scales, self.bias, self.spec.bits)
+        return ops.linear(x, self._parts(), self.bias, self.out_features, self.groups, self.spec.bits, self.layout)
+
+    # Layouts
+
+    def problem(self, tokens: int, dtype: torch.dtype) -> Problem:
+        device = next(self.parameters()).device.type
+        return Problem(tokens, self.out_features, self.in_features, self.groups, dtype, device, self.spec.bits)
+
+    def prepare(self, dtype: torch.dtype) -> str | None:
+        """Bring the weight into the layout that a kernel of this device reads. dtype: of the activations.
+
+        Returns why none can, or None; the reference then computes.
+        """
+        chosen, reason = choose_layout(self.problem(1, dtype))
+        self._prepared_for = dtype
+        self._bring_into(chosen)
+        return reason
+
+    def _bring_into(self, wanted: Layout) -> None:
+        if wanted.name != self.layout:
+            weight = self.to_quantized()
+            self._hold(wanted, wanted.pack(weight.q, weight.scales, weight.zero_points, self.spec.bits))
+
+    def _parts(self) -> list[Tensor]:
+        return [self._parameters[name] for name in LAYOUTS[self.layout].parts]  # type: ignore[misc]
+
+    def _hold(self, held: Layout, parts: Sequence[Tensor]) -> None:
+        for name in LAYOUTS[self.layout].parts:
+            del self._parameters[name]
+        rest, self._parameters = self._parameters, {}
+        for name, part in zip(held.parts, parts, strict=True):
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self._parameters.update(rest)  # bias stays last
+        self.layout = held.name
+
+    @contextmanager
+    def _canonical(self) -> Iterator[None]:
+        """The canonical layout for a while, then the one that suits the device on which the weight is by then."""
+        prepared = self.layout != CANONICAL.name
+        self._bring_into(CANONICAL)
+        yield
+        if prepared:
+            self.prepare(self._prepared_for)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AwqLinear:
         # model.to(torch.bfloat16) casts every floating parameter; a scale is part of the stored integers' meaning and keeps its dtype.
-        before = self.scales.data  # the Parameter itself is changed in place
-        super()._apply(fn, recurse)
-        if self.scales.dtype != before.dtype:
-            self.scales = nn.Parameter(before.to(self.scales.device), requires_grad=False)
+        with self._canonical():
+            before = self.scales.data  # the Parameter itself is changed in place
+            super()._apply(fn, recurse)
+            if self.scales.dtype != before.dtype:
+                self.scales = nn.Parameter(before.to(self.scales.device), requires_grad=False)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.layout == CANONICAL.name:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        weight = self.to_quantized()
+        parts = CANONICAL.pack(weight.q, weight.scales, weight.zero_points, self.spec.bits)
+        destination.update({prefix + name: part for name, part in zip(CANONICAL.parts, parts, strict=True)})
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._canonical():
+            super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         s = self.spec
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={s.bits}, group_size={s.group_size}, symmetric={s.symmetric}"
+            f"bits={s.bits}, group_size={s.group_size}, symmetric={s.symmetric}, layout={self.layout}"
         )
 
 

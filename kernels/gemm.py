@@ -16,8 +16,9 @@ from torch import Tensor
 from . import tuning
 from .jit import jit, operand_dtype, tl
 from .kernel_layout import kernel_group
+from .problem import Problem
 from .reduce import reduce
-from .tuning import GemmConfig, Problem
+from .tuning import GemmConfig
 
 # The bits of the power of two under which the last mantissa bit counts 1: MAGIC | q is that power + q, for q < 16.
 MAGIC = {"float16": 0x6400, "bfloat16": 0x4300, "float32": 0x4B000000}

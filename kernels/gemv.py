@@ -14,7 +14,8 @@ from torch import Tensor
 from . import tuning
 from .jit import jit, tl
 from .kernel_layout import kernel_group
-from .tuning import GemvConfig, Problem
+from .problem import Problem
+from .tuning import GemvConfig
 
 
 @jit()

@@ -1,19 +1,59 @@
-"""Registration of the ops with torch: one name per op, behind which the implementation may change with the device."""
+"""Registration with torch: one op for a quantized Linear, behind which the kernel changes with the device, the layout and the tokens."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch
+
+torch.library.define(
+    "awq_hf::linear", "(Tensor x, Tensor[] weight, Tensor? bias, int out_features, int groups, int bits, str layout) -> Tensor"
+)
+torch.library.define("awq_hf::input_grad", "(Tensor dy, Tensor[] weight, int in_features, int groups, int bits, str layout) -> Tensor")
+linear = torch.ops.awq_hf.linear.default
+input_grad = torch.ops.awq_hf.input_grad.default
+
+torch.library.impl("awq_hf::linear", "default")(dispatch.linear)
+torch.library.impl("awq_hf::input_grad", "default")(dispatch.input_grad)
 
 
-@torch.library.custom_op("awq_hf::linear", mutates_args=())
-def linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """y = x W^T + b for a packed W; arguments as in `reference.linear`."""
-    return reference.linear(x, qweight, qzeros, scales, bias, bits)
+def _fake_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, groups: int, bits: int, layout: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
-@linear.register_fake
-def _(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
+def _fake_grad(dy: Tensor, weight: list[Tensor], in_features: int, groups: int, bits: int, layout: str) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], in_features)
+
+
+torch.library.register_fake("awq_hf::linear")(_fake_linear)
+torch.library.register_fake("awq_hf::input_grad")(_fake_grad)
+
+
+# The weight is integers and gets no gradient; the two ops are each other's.
+
+
+def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, *ctx.how = inputs
+    ctx.weight, ctx.in_features, ctx.bias_dtype = weight, x.shape[-1], None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dx = input_grad(dy, ctx.weight, ctx.in_features, *ctx.how) if ctx.needs_input_grad[0] else None
+    db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return dx, [None] * len(ctx.weight), db, None, None, None, None
+
+
+def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, ctx.weight, _, *ctx.how = inputs
+    ctx.out_features = dy.shape[-1]
+
+
+def _grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    return linear(ddx, ctx.weight, None, ctx.out_features, *ctx.how), [None] * len(ctx.weight), None, None, None, None
+
+
+torch.library.register_autograd("awq_hf::linear", _linear_backward, setup_context=_keep_linear)
+torch.library.register_autograd("awq_hf::input_grad", _grad_backward, setup_context=_keep_grad)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import chunked
 from .layout import unpack, words_per_row
-
-CHUNK_WEIGHTS = 1 << 22  # weights dequantized at a time: 16 MB in float32, whatever the size of the layer
 
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, columns: slice = slice(None)) -> Tensor:
@@ -31,10 +30,6 @@ def linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Ten
 
     x: [..., in], any float dtype; the rest as in `dequantize`; bias: [out] or None. Returns [..., out] in x's dtype.
     """
-    in_features, out_features = qweight.shape[0], scales.shape[1]
-    chunk = max(32, CHUNK_WEIGHTS // in_features // 32 * 32)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    for start in range(0, out_features, chunk):
-        columns = slice(start, min(start + chunk, out_features))
-        y[..., columns] = x @ dequantize(qweight, qzeros, scales, bits, columns).to(x.dtype)
-    return y if bias is None else y + bias.to(x.dtype)
+    rows = lambda part: dequantize(qweight, qzeros, scales, bits, part).T  # noqa: E731
+    y = chunked.linear(x.reshape(-1, x.shape[-1]), rows, scales.shape[1], bias)
+    return y.view(*x.shape[:-1], y.shape[1])

@@ -13,19 +13,7 @@ import torch
 
 from . import jit
 from .kernel_layout import BLOCK, unsupported_groups
-
-
-@dataclass(frozen=True)
-class Problem:
-    """y [m, n] = x [m, k] W^T with W in groups of k / groups columns."""
-
-    m: int
-    n: int
-    k: int
-    groups: int  # of a row, unpadded
-    dtype: torch.dtype  # of x
-    device: str = "cuda"
-    bits: int = 4
+from .problem import Problem
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -84,6 +72,7 @@ GEMM = (
     (math.inf, GemmConfig(warps=8, stages=3, bn=128, bm=64)),
 )
 
+GEMM_TOKENS = 512  # beyond which the weight is dequantized for a library's product
 PROGRAMS = 264  # that split-K aims at: two for each of an H100's 132 multiprocessors. Constant, so that a result is the same on any device
 MIN_BLOCKS = 4  # of 128 columns that a split has at least: less is not worth the trip through the workspace
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from awq_hf import linear
 from awq_hf.affine import dequantize_weight
-from awq_hf.kernels import reference
+from awq_hf.kernels import chunked, reference
+from awq_hf.kernels.dispatch import LAYOUTS
 from awq_hf.linear import AwqLinear
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
@@ -136,7 +138,7 @@ def test_forward_never_holds_a_whole_dequantized_weight(monkeypatch: pytest.Monk
         sizes.append(result.numel())
         return result
 
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 64 * 64)
+    monkeypatch.setattr(chunked, "CHUNK_WEIGHTS", 64 * 64)
     monkeypatch.setattr(reference, "dequantize", counted)
     y = module(x)
     assert sizes == [64 * 64, 64 * 64, 64 * 8]
@@ -150,3 +152,55 @@ def test_compiles_as_one_graph(spec: QuantSpec) -> None:
     module = nn.Sequential(AwqLinear.from_quantized(random_weight(spec), torch.randn(24)), nn.SiLU())
     x = torch.randn(3, 64)
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
+
+
+# Prepared for a kernel: another layout in memory, the same file
+
+
+@pytest.fixture(params=[name for name in LAYOUTS if name != "canonical"])
+def prepared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AwqLinear:
+    """A module in a layout that its device would always be given."""
+    monkeypatch.setattr(linear, "choose_layout", lambda problem: (LAYOUTS[request.param], None))
+    module = AwqLinear.from_quantized(random_weight(QuantSpec(4, 32)), torch.arange(24.0))
+    module.prepare(torch.float32)
+    assert module.layout == request.param
+    return module
+
+
+def test_a_prepared_module_holds_one_copy_of_the_weight(prepared: AwqLinear) -> None:
+    assert [name for name, _ in prepared.named_parameters()] == [*LAYOUTS[prepared.layout].parts, "bias"]
+    assert not any(p.requires_grad for p in prepared.parameters())
+
+
+def test_a_prepared_module_computes_and_gives_back_the_same(prepared: AwqLinear) -> None:
+    weight, x = random_weight(QuantSpec(4, 32)), torch.randn(3, 64)
+    assert_same_weight(prepared.to_quantized(), weight)
+    assert torch.equal(prepared.dequantize(torch.float32), dequantize_weight(weight))
+    torch.testing.assert_close(prepared(x), AwqLinear.from_quantized(weight, torch.arange(24.0))(x), rtol=1e-5, atol=1e-4)
+
+
+def test_the_state_dict_of_a_prepared_module_is_the_file(prepared: AwqLinear) -> None:
+    plain = AwqLinear.from_quantized(random_weight(QuantSpec(4, 32)), torch.arange(24.0))
+    state, expected = prepared.state_dict(), plain.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) and state[name].dtype == expected[name].dtype for name in expected)
+
+
+def test_a_state_dict_is_loaded_into_a_prepared_module(prepared: AwqLinear) -> None:
+    layout, other = prepared.layout, random_weight(QuantSpec(4, 32), scale_dtype=torch.bfloat16)
+    prepared.load_state_dict(AwqLinear.from_quantized(other, torch.zeros(24)).state_dict(), assign=True)
+    assert prepared.layout == layout
+    assert_same_weight(prepared.to_quantized(), other)
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
+def test_casting_a_prepared_module_keeps_weight_and_layout(cast: Callable[[nn.Module], nn.Module], prepared: AwqLinear) -> None:
+    layout, module = prepared.layout, cast(nn.Sequential(prepared))[0]  # type: ignore[index]
+    assert module.layout == layout
+    assert_same_weight(module.to_quantized(), random_weight(QuantSpec(4, 32)))
+
+
+def test_a_move_leads_to_the_layout_of_the_other_device(prepared: AwqLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert prepared.to("meta").layout == "canonical"
+    assert [name for name, _ in prepared.named_parameters()] == ["qweight", "qzeros", "scales", "bias"]

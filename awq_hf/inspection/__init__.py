@@ -16,7 +16,7 @@ def inspect(
 ) -> Forecast | Contents:
     """Look at a directory or Hub id, whose weights are not read but for one decoder block of each shape.
 
-    config, dtype, device: as for quantizing an ordinary checkpoint; of no use with an AWQ one, which says all that by itself.
+    config: as for quantizing an ordinary checkpoint; of no use with an AWQ one. dtype, device: to quantize it with, or to run it with.
     Raises ValueError or FileNotFoundError for what is neither.
     """
     source = open_source(model)
@@ -25,7 +25,7 @@ def inspect(
             raise ValueError(f"{model} holds *.qweight, so it is quantized already, but its config.json has no quantization_config")
         return forecast(source, config or AwqConfig(), dtype, device, progress)
     if source.quant_method == "awq":
-        return read_contents(source)
+        return read_contents(source, dtype, device)
     raise ValueError(
         f"{model} is quantized already, with {source.quant_method}; awq-hf inspect reads float and AWQ checkpoints: give the float model"
     )

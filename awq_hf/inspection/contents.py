@@ -6,11 +6,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from awq_hf.checkpoint import convert_modules, match_tensors
 from awq_hf.config import AwqConfig
 from awq_hf.inspection.forecast import starred
+from awq_hf.inspection.kernel_use import KernelUse, kernel_uses
 from awq_hf.inspection.source import Source, stored_bytes
 from awq_hf.linear import AwqLinear
 from awq_hf.model_cards.summary import loss_ratio
@@ -25,7 +27,7 @@ class Contents:
     version: what the config calls the layout; layouts: what the tensors are in. overrides: as in AwqConfig.
     problem: why awq-hf cannot load it, None when every tensor fits the config. bits_per_weight: of the quantized modules, with scales and
     zero points; None where the problem hides it. left_in_float: modules that hold matrices -> how many.
-    loss_ratio, calibration: from report.json, or None.
+    loss_ratio, calibration: from report.json, or None. kernels: that would run the modules on `device`.
     """
 
     model: str
@@ -45,15 +47,19 @@ class Contents:
     problem: str | None
     loss_ratio: float | None
     calibration: dict[str, Any] | None
+    device: str
+    kernels: list[KernelUse]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "awq", **asdict(self)}
 
 
-def read_contents(source: Source) -> Contents:
+def read_contents(source: Source, dtype: str, device: str) -> Contents:
+    """dtype: "auto" or a name of torch's, in which the model would run."""
     stored = source.quantization
     assert stored is not None
     config = AwqConfig.from_dict(stored)
+    chosen = source.dtype() if dtype == "auto" else getattr(torch, dtype)
     model = source.empty_model(source.dtype())
     parameters = sum(p.numel() for p in model.parameters())
     heads = _heads(model)
@@ -71,7 +77,8 @@ def read_contents(source: Source) -> Contents:
         owner, _, part = name.rpartition(".")
         packed = owner in owners and part in _PACKED
         sizes["quantized" if packed else "embeddings" if name in heads else "other"] += stored_bytes(info)
-    weights = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, AwqLinear))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+    weights = sum(module.in_features * module.out_features for module in linears.values())
     return Contents(
         model=source.name,
         class_name=type(model).__name__,
@@ -90,6 +97,8 @@ def read_contents(source: Source) -> Contents:
         problem=problem,
         loss_ratio=loss_ratio(source.report["layers"]) if source.report else None,
         calibration=source.report["calibration"] if source.report else None,
+        device=device,
+        kernels=kernel_uses(linears, chosen, device) if problem is None else [],
     )
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from awq_hf.inspection.contents import Contents
 from awq_hf.inspection.forecast import Forecast
+from awq_hf.inspection.kernel_use import KernelUse
 from awq_hf.preflight import SKIPPED
 
 
@@ -131,8 +132,20 @@ def _contents(found: Contents) -> list[str]:
             f"report.json: calibrated on {found.calibration['tokens']:,} tokens ({found.calibration['source']}); output error of a layer "
             f"{found.loss_ratio:.0%} of plain rounding's on average"
         )
+    for use in found.kernels:
+        lines += _kernels(use, found.device)
     lines.append("Its tensors fit its config." if found.problem is None else f"PROBLEM: awq-hf cannot load it: {found.problem}")
     return lines
+
+
+def _kernels(use: KernelUse, device: str) -> list[str]:
+    starts = list(use.by_tokens)
+    ends = [start - 1 for start in starts[1:]]
+    spans = [f"{start}" if start == end else f"{start} to {end}" for start, end in zip(starts, ends, strict=False)]
+    spans.append("any number of" if len(starts) == 1 else f"{starts[-1]} or more")
+    kernels = ", ".join(f"{name} for {span}" for name, span in zip(use.by_tokens.values(), spans, strict=True))
+    lines = [f"On {device}, {use.modules} modules run with {kernels} tokens a call ({use.dtype})"]
+    return lines if use.reason is None else [*lines, f"  no faster kernel for {', '.join(use.names)}: {use.reason}"]
 
 
 def _grid(spec: dict[str, Any]) -> str:

@@ -108,3 +108,11 @@ def test_quantized_tensors_that_the_config_does_not_name(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"holds \*.qweight, so it is quantized already"):
         inspect(str(copy))
+
+
+def test_kernels_that_would_run_it(quantized_dir: Path) -> None:
+    found = inspect(str(quantized_dir), dtype="bfloat16", device="meta")
+    assert isinstance(found, Contents)
+    (use,) = found.kernels
+    assert (use.modules, use.dtype, use.by_tokens) == (14, "bfloat16", {1: "reference"})
+    assert use.names[0] == "model.layers.*.mlp.down_proj" and use.reason == "there are no kernels for meta"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from awq_hf.kernels import gemm, gemv, jit, layout, reference, tuning
 from awq_hf.kernels.kernel_layout import KernelWeight, to_kernel
+from awq_hf.kernels.problem import Problem
 
 DTYPES = [torch.float16, torch.bfloat16]
 # out_features, in_features, group width: whole and partial tiles and blocks
@@ -73,7 +74,7 @@ class Case:
         self.dense = reference.dequantize(*packed, 4).double()  # [in, out]
         self.exact = self.x.double() @ self.dense
         self.expected = self.rounded(self.exact + self.bias.double())
-        self.problem = tuning.Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu")
+        self.problem = Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu")
 
     def rounded(self, y: Tensor) -> Tensor:
         """In x's dtype. The interpreter cuts float32 off to bfloat16; a GPU rounds."""

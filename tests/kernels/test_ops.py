@@ -1,4 +1,4 @@
-"""The registered op: torch's own checks of the registration, and the same numbers as the reference."""
+"""The registered ops: torch's own checks of the registration, gradients, and the same numbers as the reference."""
 
 from __future__ import annotations
 
@@ -9,36 +9,89 @@ import torch
 from torch import Tensor
 
 from awq_hf.kernels import ops, reference
-from awq_hf.kernels.layout import pack
+from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS
+
+# layout, bits, out_features, dtype, with bias; 64 columns in 2 groups
+CASES = [
+    ("canonical", 4, 24, torch.float32, True),
+    ("canonical", 4, 8, torch.bfloat16, False),
+    ("canonical", 3, 17, torch.float32, False),
+    ("canonical", 8, 5, torch.float16, True),
+    *((name, 4, 24, dtype, True) for name in LAYOUTS if name != "canonical" for dtype in (torch.float32, torch.bfloat16)),
+]
+Case = tuple[str, int, int, torch.dtype, bool]
 
 
-def arguments(bits: int, n_out: int, dtype: torch.dtype, bias: bool, leading: tuple[int, ...] = (2, 3)) -> tuple[Any, ...]:
+def weight(bits: int, n_out: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(bits)
-    codes = lambda rows: torch.randint(0, 2**bits, (rows, n_out), generator=generator, dtype=torch.uint8)  # noqa: E731
-    x = torch.randn(*leading, 32, generator=generator).to(dtype)
-    scales = torch.rand(2, n_out, generator=generator).half()
-    return x, pack(codes(32), bits), pack(codes(2), bits), scales, torch.randn(n_out, generator=generator) if bias else None, bits
+    codes = lambda columns: torch.randint(0, 2**bits, (n_out, columns), generator=generator, dtype=torch.uint8)  # noqa: E731
+    return codes(64), torch.rand(n_out, 2, generator=generator).half(), codes(2)
 
 
-CASES = [(4, 24, torch.float32, True), (4, 8, torch.bfloat16, False), (3, 17, torch.float32, False), (8, 5, torch.float16, True)]
+def arguments(case: Case, leading: tuple[int, ...] = (2, 3)) -> tuple[Any, ...]:
+    layout, bits, n_out, dtype, with_bias = case
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(*leading, 64, generator=generator).to(dtype)
+    bias = torch.randn(n_out, generator=generator) if with_bias else None
+    return x, list(LAYOUTS[layout].pack(*weight(bits, n_out), bits)), bias, n_out, 2, bits, layout
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_registration_passes_opcheck(case: tuple[int, int, torch.dtype, bool]) -> None:
-    torch.library.opcheck(torch.ops.awq_hf.linear.default, arguments(*case))
+def test_registration_passes_opcheck(case: Case) -> None:
+    x, parts, bias, n_out, *how = arguments(case)
+    torch.library.opcheck(ops.linear, (x, parts, bias, n_out, *how))
+    torch.library.opcheck(ops.linear, (x.requires_grad_(), parts, bias, n_out, *how))
+    torch.library.opcheck(ops.input_grad, (torch.randn(2, 3, n_out), parts, 64, *how))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_op_is_the_reference(case: tuple[int, int, torch.dtype, bool]) -> None:
-    args = arguments(*case)
-    result: Tensor = ops.linear(*args)
-    assert torch.equal(result, reference.linear(*args))
+def test_op_is_the_reference(case: Case) -> None:
+    x, parts, bias, n_out, groups, bits, layout = arguments(case)
+    qweight, qzeros, scales = CANONICAL.pack(*weight(bits, n_out), bits)
+    expected = reference.linear(x, qweight, qzeros, scales, bias, bits)
+    y = ops.linear(x, parts, bias, n_out, groups, bits, layout)
+    tolerance = 4 * torch.finfo(x.dtype).eps * expected.abs().max().item() if layout != "canonical" else 0
+    torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,)])
 @pytest.mark.parametrize("case", CASES)
-def test_shapes_are_inferred_without_computing(case: tuple[int, int, torch.dtype, bool], leading: tuple[int, ...]) -> None:
-    args = arguments(*case, leading)
-    on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
-    inferred, real = ops.linear(*on_meta), ops.linear(*args)
+def test_shapes_are_inferred_without_computing(case: Case, leading: tuple[int, ...]) -> None:
+    x, parts, bias, *rest = arguments(case, leading)
+    meta = lambda t: None if t is None else t.to("meta")  # noqa: E731
+    inferred, real = ops.linear(meta(x), list(map(meta, parts)), meta(bias), *rest), ops.linear(x, parts, bias, *rest)
     assert (inferred.shape, inferred.dtype, inferred.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[3] == torch.float32])
+def test_gradients(case: Case) -> None:
+    x, parts, bias, *rest = arguments((*case[:3], torch.float64, case[4]))
+    x.requires_grad_()
+    if bias is not None:
+        bias = bias.double().requires_grad_()
+    function = lambda x, bias: ops.linear(x, parts, bias, *rest)  # noqa: E731
+    torch.autograd.gradcheck(function, (x, bias))
+    torch.autograd.gradgradcheck(lambda x: ops.linear(x, parts, None, *rest), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_input_gradient_of_a_half_sums_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of one row each, whose terms are 1: a sum in bfloat16 would stop at 256."""
+    from awq_hf.kernels import chunked
+
+    parts = LAYOUTS["canonical"].pack(
+        torch.ones(32 * 320, 1, dtype=torch.uint8), torch.ones(32 * 320, 1), torch.zeros(32 * 320, 1).byte(), 4
+    )
+    monkeypatch.setattr(chunked, "CHUNK_WEIGHTS", 1)
+    dy = torch.zeros(1, 32 * 320, dtype=dtype)
+    dy[:, ::32] = 1
+    assert ops.input_grad(dy, list(parts), 1, 1, 4, "canonical").tolist() == [[320.0]]
+
+
+def test_an_output_may_be_changed_in_place() -> None:
+    """Models add residuals so; autograd refuses it for an op's output that is a view."""
+    x, *rest = arguments(CASES[0])
+    y = ops.linear(x.requires_grad_(), *rest)
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import reference
+from awq_hf.kernels import chunked, reference
 from awq_hf.kernels.layout import pack
 
 SHAPES = [(3, 16, 40, 2), (8, 32, 7, 1), (2, 48, 33, 3), (4, 64, 24, 4), (4, 32, 104, 2), (3, 64, 65, 4)]  # bits, in, out, groups
@@ -78,5 +78,5 @@ def test_linear_computes_in_the_dtype_of_its_input(dtype: torch.dtype) -> None:
 def test_chunks_do_not_change_the_result(chunk_weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qweight, qzeros, scales, weight = packed(3, 16, 137, 2)
     x = torch.randint(-3, 4, (4, 16), generator=torch.Generator().manual_seed(0)).float()
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", chunk_weights)
+    monkeypatch.setattr(chunked, "CHUNK_WEIGHTS", chunk_weights)
     assert torch.equal(reference.linear(x, qweight, qzeros, scales, None, 3), x @ weight)

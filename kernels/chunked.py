@@ -1,0 +1,34 @@
+"""Products with a weight that is dequantized a few rows at a time: what every layout can do, for any dtype and any number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK_WEIGHTS = 1 << 22  # weights dequantized at a time: 16 MB in float32, whatever the size of the layer
+
+Rows = Callable[[slice], Tensor]  # rows of a weight [out, in] -> float32 [rows, in]; slices start at multiples of 32
+
+
+def chunks(n: int, k: int) -> Iterator[slice]:
+    """Slices of n rows of k weights; all but the last of a multiple of 32 rows."""
+    size = max(32, CHUNK_WEIGHTS // k // 32 * 32)
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def linear(x: Tensor, rows: Rows, n: int, bias: Tensor | None) -> Tensor:
+    """y = x W^T + b, W rounded to x's dtype. x: [m, in]; bias: [n] or None. Returns [m, n] in x's dtype."""
+    y = x.new_empty(x.shape[0], n)
+    for part in chunks(n, x.shape[1]):
+        y[:, part] = x @ rows(part).to(x.dtype).T
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def input_grad(dy: Tensor, rows: Rows, k: int) -> Tensor:
+    """dx = dy W, W rounded to dy's dtype, the chunks' sums in float32 or wider. dy: [m, out]. Returns [m, k] in dy's dtype."""
+    dx = torch.zeros(dy.shape[0], k, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    for part in chunks(dy.shape[1], k):
+        dx += dy[:, part] @ rows(part).to(dy.dtype)
+    return dx.to(dy.dtype)

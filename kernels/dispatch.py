@@ -1,0 +1,180 @@
+"""Which kernel runs a quantized Linear: one table of layouts, each with the kernels that read it.
+
+A weight is brought into a layout once, after loading; which kernel reads it is chosen at every call, by the number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import chunked, gemm, gemv, kernel_layout, reference, tuning
+from .jit import INTERPRETED
+from .layout import pack, unpack
+from .problem import Problem
+
+VARIABLE = "AWQ_HF_KERNEL"  # environment: the start of the names of the kernels that may be used
+
+Parts = Sequence[Tensor]  # of a weight, in a layout's order
+Codes = tuple[Tensor, Tensor, Tensor]  # q uint8 [out, in], scales [out, groups], zero points uint8 [out, groups]
+
+
+class Kernel(NamedTuple):
+    """name: as `awq-hf inspect` shows it; supports(problem): why the kernel cannot do it, or None; run(x [m, in], parts, bias, problem) ->
+    [m, out]; tokens: up to which it is used.
+    """
+
+    name: str
+    supports: Callable[[Problem], str | None]
+    run: Callable[[Tensor, Parts, Tensor | None, Problem], Tensor]
+    tokens: float = math.inf
+
+
+class Layout(NamedTuple):
+    """parts: names of the tensors; pack(q, scales, zero_points, bits) makes them; unpack(parts, problem) is its inverse, bit for bit;
+    rows(parts, which, problem) -> those rows of the weight, float32 [rows, in], exact: with it every layout does what its kernels,
+    which are in order of preference, do not. devices: that the kernels run on.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    pack: Callable[[Tensor, Tensor, Tensor, int], Parts]
+    unpack: Callable[[Parts, Problem], Codes]
+    rows: Callable[[Parts, slice, Problem], Tensor]
+    kernels: tuple[Kernel, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+# What is stored: AutoAWQ's order for 4 bits
+
+
+def _pack_canonical(q: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Parts:
+    columns = lambda codes: pack(codes.T.contiguous(), bits)  # noqa: E731  [in or groups, words]
+    return columns(q), columns(zero_points), scales.T.contiguous()
+
+
+def _unpack_canonical(parts: Parts, problem: Problem) -> Codes:
+    qweight, qzeros, scales = parts
+    codes = lambda words: unpack(words, problem.bits, problem.n).T.contiguous()  # noqa: E731
+    return codes(qweight), scales.T.contiguous(), codes(qzeros)
+
+
+CANONICAL = Layout(
+    "canonical",
+    ("qweight", "qzeros", "scales"),
+    _pack_canonical,
+    _unpack_canonical,
+    lambda parts, which, problem: reference.dequantize(parts[0], parts[1], parts[2], problem.bits, which).T,
+)
+
+
+# Triton's
+
+
+def _triton_rows(parts: Parts, which: slice, problem: Problem) -> Tensor:
+    q, scales, zeros = _unpack_triton([part[which] for part in parts], problem)
+    grouped = q.view(len(q), problem.groups, -1).to(torch.float32) - zeros[..., None].to(torch.float32)
+    return (grouped * scales[..., None].to(torch.float32)).view(q.shape)
+
+
+def _three(parts: Parts) -> kernel_layout.KernelWeight:
+    return kernel_layout.KernelWeight(*parts)
+
+
+def _unpack_triton(parts: Parts, problem: Problem) -> Codes:
+    return kernel_layout.from_kernel(_three(parts), problem.k, problem.groups)
+
+
+TRITON = Layout(
+    "triton",
+    ("words", "scales", "zeros"),
+    lambda q, scales, zero_points, bits: kernel_layout.to_kernel(q, scales, zero_points),
+    _unpack_triton,
+    _triton_rows,
+    (
+        Kernel("triton-gemv", gemv.supports, lambda x, parts, bias, problem: gemv.gemv(x, *_three(parts), bias), tokens=1),
+        Kernel("triton-gemm", gemm.supports, lambda x, parts, bias, problem: gemm.gemm(x, *_three(parts), bias), tokens=tuning.GEMM_TOKENS),
+    ),
+    ("cuda", "cpu") if INTERPRETED else ("cuda",),
+)
+
+
+# The choice
+
+LAYOUTS = {layout.name: layout for layout in (TRITON, CANONICAL)}  # by preference
+KERNELS = [kernel for layout in LAYOUTS.values() for kernel in layout.kernels]
+REFERENCE = "reference"
+
+
+def forced() -> str:
+    """The value of the environment variable, "" when it is not set. Raises ValueError when no kernel's name starts so."""
+    wanted = os.environ.get(VARIABLE, "")
+    names = [*(kernel.name for kernel in KERNELS), REFERENCE]
+    if not any(name.startswith(wanted) for name in names):
+        raise ValueError(f"{VARIABLE}={wanted}: no kernel's name starts so; choose of {', '.join(names)}")
+    return wanted
+
+
+def choose_layout(problem: Problem) -> tuple[Layout, str | None]:
+    """The layout to bring a weight into, and why no kernel reads it where it is the canonical one; None if that was asked for.
+
+    problem: with m = 1.
+    """
+    wanted = forced()
+    if wanted and REFERENCE.startswith(wanted):
+        return CANONICAL, None
+    reasons: list[str | None] = [f"there are no kernels for {problem.device}"]
+    for layout in LAYOUTS.values():
+        found = [kernel.supports(problem) for kernel in layout.kernels if kernel.name.startswith(wanted)]
+        if None in found:
+            return layout, None
+        reasons = found if problem.device in layout.devices else reasons
+    return CANONICAL, "; ".join(dict.fromkeys(map(str, reasons)))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, layout: Layout, wanted: str = "") -> Kernel | None:
+    """The kernel for a weight in `layout`, None for the product by rows. wanted: what `forced` says."""
+    able = [kernel for kernel in layout.kernels if kernel.supports(problem) is None]
+    if wanted and (named := [kernel for kernel in able if kernel.name.startswith(wanted)]):
+        able = named
+    return next((kernel for kernel in able if problem.m <= kernel.tokens), able[-1] if wanted and able else None)
+
+
+def by_tokens(problem: Problem, layout: Layout) -> dict[int, str]:
+    """Tokens of a call -> name of what computes it from there on; for the problem with any m."""
+    rest, wanted = REFERENCE if layout is CANONICAL else "dequantize", forced()
+    names: dict[int, str] = {}
+    for m in sorted({1, *(int(kernel.tokens) + 1 for kernel in layout.kernels if kernel.tokens < math.inf)}):
+        kernel = choose(replace(problem, m=m), layout, wanted)
+        name = rest if kernel is None else kernel.name
+        if name not in list(names.values())[-1:]:
+            names[m] = name
+    return names
+
+
+def linear(x: Tensor, weight: Parts, bias: Tensor | None, out_features: int, groups: int, bits: int, layout: str) -> Tensor:
+    """y = x W^T + b. x: [..., in]; weight: the parts of `layout`; bias: [out] or None. Returns [..., out] in x's dtype."""
+    stored, flat = LAYOUTS[layout], x.reshape(-1, x.shape[-1])
+    problem = Problem(flat.shape[0], out_features, flat.shape[1], groups, x.dtype, x.device.type, bits)
+    kernel = choose(problem, stored, os.environ.get(VARIABLE, "")) if problem.m else None
+    if kernel is None:
+        y = chunked.linear(flat, lambda which: stored.rows(weight, which, problem), out_features, bias)
+    else:
+        y = kernel.run(flat.contiguous(), weight, bias, problem)
+    return y.resize_(*x.shape[:-1], out_features)  # no view: autograd refuses to let one that an op returns be changed in place
+
+
+def input_grad(dy: Tensor, weight: Parts, in_features: int, groups: int, bits: int, layout: str) -> Tensor:
+    """dx = dy W: the gradient of `linear` with respect to its input. dy: [..., out]. Returns [..., in] in dy's dtype."""
+    stored, flat = LAYOUTS[layout], dy.reshape(-1, dy.shape[-1])
+    problem = Problem(flat.shape[0], flat.shape[1], in_features, groups, dy.dtype, dy.device.type, bits)
+    dx = chunked.input_grad(flat, lambda which: stored.rows(weight, which, problem), in_features)
+    return dx.resize_(*dy.shape[:-1], in_features)
