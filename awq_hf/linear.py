@@ -11,6 +11,18 @@ from awq_hf.kernels import layout, ops, reference
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
 
+def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """qweight, qzeros and scales of a checkpoint, shaped as in AwqLinear."""
+    pack = lambda codes: layout.pack(codes.T.contiguous(), weight.spec.bits)  # noqa: E731  [in or groups, words]
+    return {"qweight": pack(weight.q), "qzeros": pack(weight.zero_points), "scales": weight.scales.T.contiguous()}
+
+
+def unpack_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, spec: QuantSpec) -> QuantizedWeight:
+    """The canonical weight. Inverse of `pack_weight`."""
+    unpack = lambda words: layout.unpack(words, spec.bits, scales.shape[1]).T.contiguous()  # noqa: E731
+    return QuantizedWeight(q=unpack(qweight), scales=scales.T.contiguous(), zero_points=unpack(qzeros), spec=spec)
+
+
 class AwqLinear(nn.Module):
     """y = x W^T + b, W stored as packed integers.
 
@@ -49,18 +61,15 @@ class AwqLinear(nn.Module):
         """Pack a QuantizedWeight. `bias` [out] keeps its dtype."""
         out_features, in_features = weight.shape
         self = cls(in_features, out_features, weight.spec, device="meta", replaces=replaces)
-        pack = lambda codes: layout.pack(codes.T.contiguous(), weight.spec.bits)  # noqa: E731  [in or groups, words]
-        self.qweight = nn.Parameter(pack(weight.q), requires_grad=False)
-        self.qzeros = nn.Parameter(pack(weight.zero_points), requires_grad=False)
-        self.scales = nn.Parameter(weight.scales.T.contiguous(), requires_grad=False)
+        for part, tensor in pack_weight(weight).items():
+            setattr(self, part, nn.Parameter(tensor, requires_grad=False))
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return self
 
     def to_quantized(self) -> QuantizedWeight:
         """The canonical weight, unpacked: the inverse of `from_quantized`."""
-        unpack = lambda words: layout.unpack(words, self.spec.bits, self.out_features).T.contiguous()  # noqa: E731
-        return QuantizedWeight(q=unpack(self.qweight), scales=self.scales.T.contiguous(), zero_points=unpack(self.qzeros), spec=self.spec)
+        return unpack_weight(self.qweight, self.qzeros, self.scales, self.spec)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight as a plain Linear holds it: [out, in] in `dtype`, rounded once from the exact float32 value."""

@@ -31,7 +31,8 @@ ALLOWED = {
     "skip_list": "",
     "linear": "spec kernels",
     "headers": "",
-    "checkpoint": "spec kernels.layout kernels.foreign linear matrices headers compat",
+    "stored": "spec kernels.layout kernels.foreign headers",
+    "checkpoint": "spec kernels.layout kernels.foreign linear matrices headers stored compat",
     "layer": "spec affine calibration transforms rounding recipe",
     "block": "spec affine parallel matrices layer linear blocks calibration folding transforms recipe report",
     "pipeline": "spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report block",
@@ -41,7 +42,7 @@ ALLOWED = {
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline compat config",
     "api": "config hf_quantizer compat",
-    "exporters": "spec kernels.layout linear matrices",
+    "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat",
     "model_cards": "",
     "inspection": "spec parallel compat matrices blocks headers checkpoint calibration folding recipe rounding preflight report pipeline "
     "linear config model_cards",
