@@ -41,12 +41,13 @@ ALLOWED = {
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline compat config",
-    "api": "config hf_quantizer compat",
+    "output": "",
+    "api": "config hf_quantizer compat exporters output",
     "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat",
     "model_cards": "",
     "inspection": "spec parallel compat matrices blocks headers checkpoint calibration folding recipe rounding preflight report pipeline "
     "linear config model_cards",
-    "demo": "api config evaluate linear report",
+    "demo": "api config evaluate linear output report",
     "cli": "api compat config demo evaluate evaluation_table inspection linear report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
