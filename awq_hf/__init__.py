@@ -5,7 +5,7 @@ Importing this package takes over quant_method "awq" in transformers, which is i
 
 from importlib.metadata import version as _version
 
-from awq_hf.api import quantize
+from awq_hf.api import export, quantize
 from awq_hf.compat import register as _register
 from awq_hf.compat import unregister
 from awq_hf.config import AwqConfig
@@ -24,6 +24,7 @@ __all__ = [
     "QuantizedWeight",
     "evaluate",
     "evaluate_many",
+    "export",
     "quantize",
     "register",
     "unregister",

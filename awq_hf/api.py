@@ -1,4 +1,4 @@
-"""quantize(): the same as from_pretrained with an AwqConfig, for models in memory and for writing a finished directory."""
+"""quantize(): the same as from_pretrained with an AwqConfig, for models in memory and for writing a finished directory; export()."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,16 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from awq_hf.compat import class_of
+from awq_hf.compat import class_of, progress_bar
 from awq_hf.config import AwqConfig
+from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.table import exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
+from awq_hf.output import check_output, whole
 
 LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # options that say where
+
+HUB_LOCATION = ("revision", "cache_dir", "token", "local_files_only")  # of them, what is known of tensors in files
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -55,6 +59,29 @@ def quantize(
     return quantized
 
 
+def export(
+    model: str | os.PathLike[str] | PreTrainedModel, target: str, path: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
+) -> Path:
+    """Write a model in another program's format, and return where. The integers are those of the checkpoint in every target.
+
+    model: a quantized or float model in memory, or a directory or Hub id of one: our checkpoints, AWQ checkpoints of other programs,
+    float ones. Of files, one tensor is in memory at a time, and what a shard of the output holds.
+    target: "awq", "compressed-tensors", "gptq" or "dense". path: the directory to write; overwrite: replace what is there.
+    options: max_shard_size ("4GB"); of dense, dtype (float16, bfloat16, float32, auto); revision, cache_dir, token, local_files_only
+    for the Hub. Raises ValueError for what the target cannot hold, TypeError for options it does not have, and FileExistsError; before
+    anything is written, which is done whole or not at all.
+    """
+    location = {key: options.pop(key) for key in HUB_LOCATION if key in options}
+    write = exporter(target, options)
+    place = check_output(path, overwrite)
+    checkpoint = open_checkpoint(model, **location)
+    if checkpoint.directory is not None and checkpoint.directory.resolve().is_relative_to(place):
+        raise ValueError(f"{path} is where the model is read from, which cannot be replaced by an export of it; choose another name")
+    with whole(place) as partial:
+        write(checkpoint, partial, progress_bar, **options)
+    return place
+
+
 def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedModel:
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized already; quantize the float model, or call model.dequantize() first")
@@ -69,19 +96,6 @@ def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedM
         quantizer.remove_quantization_config(model)
         raise
     return model
-
-
-def check_output(output_dir: str | os.PathLike[str]) -> Path:
-    """The directory to write, refused when there is something in it or its parent cannot be written to: that is tried."""
-    target = Path(output_dir).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not an empty directory; choose another name or remove it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _partial(target).rmdir()
-    except OSError as error:
-        raise PermissionError(f"{target.parent} cannot be written to ({error.strerror}); choose another output directory") from error
-    return target
 
 
 def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> Any:
@@ -106,25 +120,13 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
     return AutoModelForCausalLM if load_options.get("trust_remote_code") else class_of(config.get("architectures"))
 
 
-def _partial(target: Path) -> Path:
-    """A new directory beside `target`, under a temporary name."""
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-
-
 def save(model: PreTrainedModel, target: Path, tokenizer: Any) -> None:
-    """Write model and tokenizer to a temporary directory beside `target`, then rename: the result is there whole or not at all."""
-    partial = _partial(target)
-    try:
-        partial.chmod(0o755)
+    """Write model, tokenizer and processor to `target`, whole or not at all."""
+    with whole(target) as partial:
+        partial.mkdir()
         model.save_pretrained(partial)
         _save_tokenizer(tokenizer, partial)
         _copy_processor(model.name_or_path, partial)
-        if target.exists():
-            target.rmdir()  # empty, as check_output saw
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +13,12 @@ from torch import Tensor, nn
 
 from awq_hf import compat
 from awq_hf.headers import Headers, read_headers
-from awq_hf.kernels.foreign import GEMV, GEMV_FAST, VERSIONS, tensor_shapes, to_gemm
-from awq_hf.kernels.layout import GEMM, WIDE, layout_for, pack
+from awq_hf.kernels.foreign import to_gemm
+from awq_hf.kernels.layout import GEMM, WIDE, pack
 from awq_hf.linear import AwqLinear, ScaledActivation
 from awq_hf.matrices import is_matrix, shape_of
-from awq_hf.spec import BITS, GROUP_SIZES, QuantSpec
-
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I16": torch.int16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ZEROS = ("qzeros", "scaled_zeros")  # AutoAWQ's name; llm-awq's
-CHUNK = 1 << 24  # elements looked at together
+from awq_hf.spec import QuantSpec
+from awq_hf.stored import DTYPES, ZEROS, Stored, declared_layout, is_finite
 
 
 class Loading(NamedTuple):
@@ -53,11 +49,11 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
     owners: dict[str, str] = {}  # module -> its first tensor
     for tensor in sorted(headers):
         owner, _, part = tensor.rpartition(".")
-        if part in ("qweight", *_ZEROS):
+        if part in ("qweight", *ZEROS):
             owners.setdefault(owner, tensor)
     if not owners:
         raise ValueError("config.json says AWQ, but no tensor of the checkpoint is named *.qweight: it is not quantized")
-    declared = _declared_layout(version)
+    declared = declared_layout(version)
     resolve, parameters = compat.resolver(model), model.state_dict()
     layouts: dict[str, str] = {}
     for owner, tensor in owners.items():
@@ -67,27 +63,14 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
             if compat.left_out(model, tensor) or _of_a_new_head(model, name, missing=False):
                 continue
             raise ValueError(_no_place(tensor, operations, model))
-        stored = _Stored(owner, model.get_submodule(name), headers, spec_of(name))
+        matrix = model.get_submodule(name)
+        stored = Stored(owner, shape_of(matrix), headers, spec_of(name), getattr(matrix, "bias", None) is not None)
         layouts[name] = stored.layout(declared, version)
-        model.set_submodule(name, stored.empty(layouts[name]))
+        model.set_submodule(name, _empty(stored, layouts[name], matrix))
         compat.untie(model, f"{name}.weight")
     _scale_activations(model, headers, resolve)
     compat.skip_initialization(model, layouts)
     return layouts
-
-
-def _declared_layout(version: str | None) -> str | None:
-    if version is None:
-        return None
-    if version in VERSIONS:
-        return VERSIONS[version]
-    readable = f"versions that can be read: {', '.join(VERSIONS)}"
-    if version in ("marlin", "bitblas"):
-        raise ValueError(
-            f"checkpoint version {version!r} is ordered for one kernel on one kind of GPU and cannot be read; take the gemm version "
-            f"of this checkpoint, or write it again with version gemm. {readable}"
-        )
-    raise ValueError(f"checkpoint version {version!r} is not known; {readable}")
 
 
 def _no_place(tensor: str, operations: str | None, model: Any) -> str:
@@ -98,74 +81,17 @@ def _no_place(tensor: str, operations: str | None, model: Any) -> str:
     return f"{tensor} is in the checkpoint, but {type(model).__name__} has no Linear of this name to hold it"
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A quantized module as the headers describe it: its name in the file, and the matrix that it stands for."""
-
-    owner: str
-    matrix: nn.Module
-    headers: Headers
-    spec: QuantSpec
-
-    def layout(self, declared: str | None, version: str | None) -> str:
-        """The layout of the tensors. Raises ValueError when they are of none, or not of the declared one."""
-        bits, group_size = self.spec.bits, self.spec.group_size
-        if declared == GEMM and bits != 4:
-            raise ValueError(f"checkpoint version {version!r} with {bits} bits cannot be read: it holds 4 bits, {WIDE!r} the others")
-        own = layout_for(bits)
-        choices = {None: [own, GEMV, GEMV_FAST] if bits == 4 else [own], WIDE: [own]}.get(declared, [declared or own])
-        misfits = [self._misfit(layout, self.spec) for layout in choices]
-        if None not in misfits:
-            said = "" if version is None else f" and version {version!r}"
-            raise ValueError(f"{misfits[0]} for {bits} bits, group_size {group_size}{said}{self._looks_like()}")
-        return choices[misfits.index(None)]
-
-    def _zeros_name(self, layout: str) -> str:
-        return _ZEROS[layout == GEMV_FAST and f"{self.owner}.{_ZEROS[1]}" in self.headers]
-
-    def _misfit(self, layout: str, spec: QuantSpec) -> str | None:
-        """Why the tensors are not a matrix of `spec` in `layout`, or None."""
-        n_out, n_in = shape_of(self.matrix)
-        try:
-            expected = tensor_shapes(layout, n_in, n_out, spec.group_width(n_in), spec.bits)
-        except ValueError as error:
-            return f"{self.owner}: {error}; the config asks"
-        if getattr(self.matrix, "bias", None) is not None or f"{self.owner}.bias" in self.headers:
-            expected["bias"] = ((n_out,), (torch.float16, torch.bfloat16, torch.float32))
-        for part, (shape, dtypes) in expected.items():
-            name = f"{self.owner}.{self._zeros_name(layout) if part == 'zeros' else part}"
-            info = self.headers.get(name)
-            if info is None:
-                return f"{name} is missing from the checkpoint, expected"
-            if info.shape != shape or info.dtype not in map(_NAMES.get, dtypes):
-                return f"{name} is {info}, expected {' or '.join(map(_NAMES.__getitem__, dtypes))} {list(shape)}"
-        return None
-
-    def _looks_like(self) -> str:
-        qweight = self.headers.get(f"{self.owner}.qweight")
-        for bits in BITS:
-            for group_size in GROUP_SIZES:
-                for layout in (GEMM, GEMV, GEMV_FAST) if bits == 4 else (WIDE,):
-                    if self._misfit(layout, QuantSpec(bits, group_size)) is None:
-                        return f"; the tensors look like bits={bits}, group_size={group_size}, version {layout!r}"
-        n_out, n_in = shape_of(self.matrix)
-        if qweight and qweight.shape == (n_in // 16, n_out * 2):
-            return "; the tensors look like version 'marlin', which cannot be read"
-        if f"{self.owner}.g_idx" in self.headers:
-            return "; the tensors look like GPTQ's, not AWQ's"
-        return ""
-
-    def empty(self, layout: str) -> AwqLinear:
-        """An AwqLinear on the meta device whose parameters have the shapes and dtypes of the file."""
-        n_out, n_in = shape_of(self.matrix)
-        bias, dtype = f"{self.owner}.bias" in self.headers, self.matrix.get_parameter("weight").dtype
-        awq = AwqLinear(n_in, n_out, self.spec, bias, dtype, "meta", replaces=type(self.matrix))
-        del awq.qzeros
-        for part in ("qweight", self._zeros_name(layout), "scales"):
-            info = self.headers[f"{self.owner}.{part}"]
-            empty = torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta")
-            awq.register_parameter(part, nn.Parameter(empty, requires_grad=False))
-        return awq
+def _empty(stored: Stored, layout: str, matrix: nn.Module) -> AwqLinear:
+    """An AwqLinear on the meta device in place of `matrix`, whose parameters have the shapes and dtypes of the file."""
+    n_out, n_in = stored.shape
+    bias, dtype = f"{stored.owner}.bias" in stored.headers, matrix.get_parameter("weight").dtype
+    awq = AwqLinear(n_in, n_out, stored.spec, bias, dtype, "meta", replaces=type(matrix))
+    del awq.qzeros
+    for part in ("qweight", stored.zeros_name(layout), "scales"):
+        info = stored.headers[f"{stored.owner}.{part}"]
+        empty = torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+        awq.register_parameter(part, nn.Parameter(empty, requires_grad=False))
+    return awq
 
 
 def _scale_activations(model: Any, headers: Headers, resolve: compat.Resolve) -> None:
@@ -276,7 +202,7 @@ def check_finite(model: nn.Module, headers: Headers, sources: dict[str, str]) ->
         tensor = sources.get(name)
         if not parameter.is_floating_point() or (parameter.is_meta and tensor is None):
             continue
-        if not _is_finite(_from_file(headers[tensor].file, tensor) if parameter.is_meta and tensor else parameter):
+        if not is_finite(_from_file(headers[tensor].file, tensor) if parameter.is_meta and tensor else parameter):
             where = f"{tensor} in {headers[tensor].file}" if tensor else name
             raise ValueError(
                 f"{where} holds NaN or infinity, or values beyond {parameter.dtype}: damaged, or to be loaded in another dtype"
@@ -288,17 +214,13 @@ def _from_file(file: str, tensor: str) -> Tensor:
         return opened.get_tensor(tensor)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(CHUNK))
-
-
 def _repack(name: str, module: AwqLinear, layout: str) -> None:
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
             f"{name} is stored as {layout}, which is converted while loading, but device_map keeps it elsewhere until it runs; "
             'load with device_map="cpu", save, and load what was saved'
         )
-    zeros = module._parameters.pop(_ZEROS[1], None)
+    zeros = module._parameters.pop(ZEROS[1], None)
     width = module.spec.group_width(module.in_features)
     try:
         parts = to_gemm(layout, module.qweight.data, (module.qzeros if zeros is None else zeros).data, module.scales.data, width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
 import types
@@ -10,8 +12,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
@@ -102,6 +106,21 @@ def untie(model: Any, name: str) -> None:
     """Forget that the parameter `name` is another one's: a quantized head shares nothing with the embedding."""
     if model.all_tied_weights_keys.pop(name, None) is not None:
         model.config.get_text_config().tie_word_embeddings = False
+
+
+def state_dict_on_disk(model: Any) -> dict[str, Tensor]:
+    """The tensors that save_pretrained would write, under the names of the checkpoint: tied ones once, the loader's renaming reverted."""
+    ignored = model._keys_to_ignore_on_save or ()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(tensors, model))
+
+
+def config_on_disk(model: Any) -> dict[str, Any]:
+    """The content of the config.json that save_pretrained would write."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return content
 
 
 def skip_initialization(model: Any, names: Iterable[str]) -> None:

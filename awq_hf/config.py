@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,11 @@ class AwqConfig(TransformersAwqConfig):
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config
 
-    def describe(self, version: str, zero_point: bool) -> None:
-        """Describe tensors in layout `version` from now on, under every name that the config came with."""
+    def describe(self, specs: Iterable[QuantSpec]) -> None:
+        """Describe matrices of these specs in the layout that is written, from now on, under every name that the config came with."""
+        specs = list(specs)
+        version = WIDE if self.version == WIDE or any(spec.bits != 4 for spec in specs) else GEMM
+        zero_point = not all(spec.symmetric for spec in specs)
         self.version, self.zero_point = version, zero_point
         changed: dict[str, Any] = {name: version for name in _SYNONYMS["version"] if str(self.extra.get(name)).lower() in VERSIONS}
         changed |= {"backend": "autoawq"} if self.extra.get("backend") == "llm-awq" else {}

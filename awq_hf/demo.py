@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from awq_hf.api import check_output, save
+from awq_hf.api import save
 from awq_hf.config import AwqConfig
 from awq_hf.evaluate import Evaluation, evaluate_many
 from awq_hf.linear import AwqLinear
+from awq_hf.output import check_output
 from awq_hf.report import REPORT_NAME
 
 DATA = Path(str(resources.files("awq_hf") / "data" / "demo"))

@@ -23,6 +23,24 @@ class TensorInfo:
 
 Headers = dict[str, TensorInfo]
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # as transformers names them
+
+
+def weight_files(directory: Path, name: str) -> list[Path]:
+    """The files that transformers would load. Raises ValueError when there are none; name: what the user calls the directory."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if index.is_file():
+        return sorted({directory / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        raise ValueError(
+            f"{name} holds pickled weights only ({pickled[0]}), which can run code when they are opened; "
+            "load the model with transformers and save it again with save_pretrained, which writes safetensors"
+        )
+    raise ValueError(f"{name} holds no weights: neither {WEIGHTS} nor {INDEX} is there")
+
 
 def read_headers(files: Iterable[str | os.PathLike[str]], folder: str | None = None) -> Headers:
     """Name -> shape, dtype and file of every tensor in the files; no tensor is read.

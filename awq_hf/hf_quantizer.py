@@ -18,7 +18,6 @@ from awq_hf.config import AwqConfig
 from awq_hf.exporters.dense import make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
-from awq_hf.kernels.layout import GEMM, WIDE
 from awq_hf.linear import ScaledActivation
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import check_room, make_plan, stored_bytes
@@ -113,9 +112,7 @@ class AwqHfQuantizer(HfQuantizer):
     def _finish_loading(self, model: Any) -> None:
         assert self.loading is not None
         finish(model, self.loading)
-        config, specs = self.quantization_config, [model.get_submodule(name).spec for name in self.loading.layouts]
-        wide = config.version == WIDE or any(spec.bits != 4 for spec in specs)
-        config.describe(WIDE if wide else GEMM, zero_point=not all(spec.symmetric for spec in specs))
+        self.quantization_config.describe(model.get_submodule(name).spec for name in self.loading.layouts)
         self.loading = None
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

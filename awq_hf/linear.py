@@ -10,9 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.kernels import layout, ops
-from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS, Layout, choose_layout
+from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS, Layout, choose_layout, pack_canonical, unpack_canonical
 from awq_hf.kernels.problem import Problem
 from awq_hf.spec import QuantizedWeight, QuantSpec
+
+
+def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """qweight, qzeros and scales of a checkpoint, shaped as in AwqLinear."""
+    return dict(zip(CANONICAL.parts, pack_canonical(weight.q, weight.scales, weight.zero_points, weight.spec.bits), strict=True))
+
+
+def unpack_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, spec: QuantSpec) -> QuantizedWeight:
+    """The canonical weight. Inverse of `pack_weight`."""
+    q, scales, zero_points = unpack_canonical((qweight, qzeros, scales), spec.bits)
+    return QuantizedWeight(q=q, scales=scales, zero_points=zero_points, spec=spec)
 
 
 class AwqLinear(nn.Module):
@@ -55,7 +66,7 @@ class AwqLinear(nn.Module):
         """Pack a QuantizedWeight. `bias` [out] keeps its dtype."""
         out_features, in_features = weight.shape
         self = cls(in_features, out_features, weight.spec, device="meta", replaces=replaces)
-        self._hold(CANONICAL, CANONICAL.pack(weight.q, weight.scales, weight.zero_points, weight.spec.bits))
+        self._hold(CANONICAL, [*pack_weight(weight).values()])
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return self
@@ -128,9 +139,7 @@ class AwqLinear(nn.Module):
         if self.layout == CANONICAL.name:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        weight = self.to_quantized()
-        parts = CANONICAL.pack(weight.q, weight.scales, weight.zero_points, self.spec.bits)
-        destination.update({prefix + name: part for name, part in zip(CANONICAL.parts, parts, strict=True)})
+        destination.update({prefix + name: part for name, part in pack_weight(self.to_quantized()).items()})
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 

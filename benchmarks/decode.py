@@ -52,7 +52,7 @@ def write_quantized(source: Path, directory: Path) -> None:
             scales = torch.full(zeros.shape, 0.1 / k**0.5, dtype=torch.float16)
             model.model.set_submodule(name, AwqLinear.from_quantized(QuantizedWeight(q, scales, zeros, SPEC)))
     config = AwqConfig(bits=SPEC.bits, group_size=SPEC.group_size, modules_to_not_convert=["lm_head"])
-    config.describe("gemm", zero_point=True)
+    config.describe([SPEC])
     model.config.quantization_config = config
     model.save_pretrained(directory)
 

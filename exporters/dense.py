@@ -1,12 +1,54 @@
-"""The dense target: plain Linears in place of quantized ones, for programs that know nothing of quantization."""
+"""The dense target: plain Linears in place of quantized ones, for programs that know nothing of quantization.
+
+In memory (`make_dense`), and in files, where the model is read tensor by tensor (`export`): the same weights.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
+from awq_hf.affine import dequantize_weight
+from awq_hf.exporters.checkpoint import Checkpoint
+from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, items_with_bar, write_folder
+from awq_hf.exporters.modules import find_modules
+from awq_hf.exporters.refusals import check_activations
 from awq_hf.linear import AwqLinear
 from awq_hf.matrices import as_kind
+from awq_hf.spec import QuantizedWeight
+from awq_hf.stored import is_finite
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def export(checkpoint: Checkpoint, directory: Path, bar: Bar, dtype: str = "auto", max_shard_size: str | int = MAX_SHARD_SIZE) -> None:
+    """dtype: float16, bfloat16, float32, or auto for the checkpoint's. Tensors that are kept wider than the rest stay as they are.
+
+    Raises ValueError for a value that is beyond the dtype.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not known; choose one of auto, {', '.join(DTYPES)}")
+    check_activations(checkpoint, "dense")
+    chosen = DTYPES.get(dtype, checkpoint.dtype)
+    config = {"dtype": str(chosen).removeprefix("torch.")}
+    write_folder(directory, checkpoint, _tensors(checkpoint, chosen, bar), config, max_shard_size)
+
+
+def _tensors(checkpoint: Checkpoint, dtype: torch.dtype, bar: Bar) -> Iterator[tuple[str, Tensor]]:
+    transposed = find_modules(checkpoint).transposed if checkpoint.packed else frozenset()
+    for name, value in items_with_bar(checkpoint, "dense", bar):
+        if isinstance(value, QuantizedWeight):
+            tensor = dequantize_weight(value, dtype)
+            tensor = tensor.T if name.removesuffix(".weight") in transposed else tensor
+        else:
+            wide = value.itemsize > checkpoint.dtype.itemsize
+            tensor = value.to(dtype) if value.is_floating_point() and not wide else value
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ValueError(f"{name} has values beyond {dtype}; export it as bfloat16 or float32")
+        yield name, tensor
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype) -> None:

@@ -55,22 +55,24 @@ class Layout(NamedTuple):
 # What is stored: AutoAWQ's order for 4 bits
 
 
-def _pack_canonical(q: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Parts:
+def pack_canonical(q: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Parts:
+    """qweight, qzeros and scales, as `reference.dequantize` takes them."""
     columns = lambda codes: pack(codes.T.contiguous(), bits)  # noqa: E731  [in or groups, words]
     return columns(q), columns(zero_points), scales.T.contiguous()
 
 
-def _unpack_canonical(parts: Parts, problem: Problem) -> Codes:
+def unpack_canonical(parts: Parts, bits: int) -> Codes:
+    """Inverse of `pack_canonical`."""
     qweight, qzeros, scales = parts
-    codes = lambda words: unpack(words, problem.bits, problem.n).T.contiguous()  # noqa: E731
+    codes = lambda words: unpack(words, bits, scales.shape[1]).T.contiguous()  # noqa: E731
     return codes(qweight), scales.T.contiguous(), codes(qzeros)
 
 
 CANONICAL = Layout(
     "canonical",
     ("qweight", "qzeros", "scales"),
-    _pack_canonical,
-    _unpack_canonical,
+    pack_canonical,
+    lambda parts, problem: unpack_canonical(parts, problem.bits),
     lambda parts, which, problem: reference.dequantize(parts[0], parts[1], parts[2], problem.bits, which).T,
 )
 

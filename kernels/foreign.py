@@ -50,6 +50,13 @@ def tensor_shapes(layout: str, in_features: int, out_features: int, group_width:
     return {"qweight": ((out_features // 4, in_features), _INT16)} | dict.fromkeys(("zeros", "scales"), ((padded, out_features), _FLOATS))
 
 
+def shape_in(layout: str, qweight: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int]:
+    """(out_features, in_features) of a matrix whose qweight and scales have these shapes in `layout`, right only if it is that layout."""
+    if layout == GEMV:
+        return qweight[0], qweight[1] * 8
+    return (qweight[0] * 4, qweight[1]) if layout == GEMV_FAST else (scales[1], qweight[0])
+
+
 def to_gemm(layout: str, qweight: Tensor, zeros: Tensor, scales: Tensor, group_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """qweight, zeros and scales in `layout` -> qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out], unpadded."""
     if layout == GEMV:

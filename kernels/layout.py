@@ -39,24 +39,42 @@ def _period(bits: int) -> tuple[int, int]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [rows, columns] below 2^bits -> int32 words [rows, ceil(columns * bits / 32)]."""
+    """uint8 codes [rows, columns] below 2^bits -> int32 words [rows, ceil(columns * bits / 32)], in the layout of `bits`."""
+    if codes.shape[1] % column_multiple(bits):
+        raise ValueError(f"{codes.shape[1]} columns cannot be packed in AutoAWQ's layout: a multiple of 8 is needed")
+    return _pack(codes, bits, GEMM_ORDER if layout_for(bits) == GEMM else None)
+
+
+def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
+    """int32 words [rows, ceil(columns * bits / 32)] -> uint8 codes [rows, columns]. Inverse of `pack`."""
+    return _unpack(words, bits, columns, GEMM_ORDER if layout_for(bits) == GEMM else None)
+
+
+def pack_in_order(codes: Tensor, bits: int) -> Tensor:
+    """The same with columns in order whatever the width: what compressed-tensors and GPTQ pack. The last word is zero-padded."""
+    return _pack(codes, bits, None)
+
+
+def unpack_in_order(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_in_order`."""
+    return _unpack(words, bits, columns, None)
+
+
+def _pack(codes: Tensor, bits: int, order: tuple[int, ...] | None) -> Tensor:
     rows, columns = codes.shape
-    if columns % column_multiple(bits):
-        raise ValueError(f"{columns} columns cannot be packed in AutoAWQ's layout: a multiple of 8 is needed")
     per_period, period_words = _period(bits)
     periods = math.ceil(columns / per_period)
     if columns != periods * per_period:
         codes = torch.nn.functional.pad(codes, (0, periods * per_period - columns))
-    pack_periods = _pack_octets if 8 % bits == 0 else _pack_stream
-    words = pack_periods(codes.reshape(rows, periods, per_period), bits, period_words)
+    codes = codes.reshape(rows, periods, per_period)
+    words = _pack_octets(codes, bits, period_words, order) if 8 % bits == 0 else _pack_stream(codes, bits, period_words)
     return words.view(rows, -1)[:, : words_per_row(columns, bits)].contiguous()
 
 
-def _pack_octets(codes: Tensor, bits: int, period_words: int) -> Tensor:
+def _pack_octets(codes: Tensor, bits: int, period_words: int, order: tuple[int, ...] | None) -> Tensor:
     """Widths that divide 8: no code straddles a byte, and bytes are what is put together."""
-    order = GEMM_ORDER if layout_for(bits) == GEMM else tuple(range(codes.shape[2]))
     octets = torch.zeros(*codes.shape[:2], 4 * period_words, dtype=torch.uint8, device=codes.device)
-    for slot, column in enumerate(order):
+    for slot, column in enumerate(order or range(codes.shape[2])):
         octet, offset = divmod(slot * bits, 8)
         octets[:, :, octet] |= codes[:, :, column] << offset
     return octets.view(torch.int32)  # memory is little-endian
@@ -73,8 +91,7 @@ def _pack_stream(codes: Tensor, bits: int, period_words: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """int32 words [rows, ceil(columns * bits / 32)] -> uint8 codes [rows, columns]. Inverse of `pack`."""
+def _unpack(words: Tensor, bits: int, columns: int, order: tuple[int, ...] | None) -> Tensor:
     rows = words.shape[0]
     if words.shape[1] != words_per_row(columns, bits):
         raise ValueError(f"{columns} columns of {bits} bits are {words_per_row(columns, bits)} words a row, not {words.shape[1]}")
@@ -84,9 +101,8 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
         words = torch.nn.functional.pad(words, (0, periods * period_words - words.shape[1]))
     words = words.reshape(rows, periods, period_words)
     codes = torch.empty(rows, periods, per_period, dtype=torch.uint8, device=words.device)
-    order = GEMM_ORDER if layout_for(bits) == GEMM else range(per_period)
     mask = 2**bits - 1
-    for i, column in enumerate(order):
+    for i, column in enumerate(order or range(per_period)):
         word, offset = divmod(i * bits, 32)
         value = words[:, :, word] >> offset  # arithmetic shift; the mask drops the copied sign bits
         if offset + bits > 32:

@@ -217,7 +217,7 @@ def test_values_that_only_the_chosen_dtype_cannot_hold(quantized_dir: Path, tmp_
 
 
 def test_values_are_looked_at_in_parts(quantized_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("awq_hf.checkpoint.CHUNK", 100)
+    monkeypatch.setattr("awq_hf.stored.CHUNK", 100)
     path = damaged(quantized_dir, tmp_path / "m", lambda tensors: tensors[EMBEDDING].view(-1).__setitem__(-1, float("nan")))
     sizes: list[int] = []
     plain = torch.isfinite

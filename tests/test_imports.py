@@ -32,7 +32,8 @@ ALLOWED = {
     "linear": "spec kernels",
     "prepare": "linear compat",
     "headers": "",
-    "checkpoint": "spec kernels.layout kernels.foreign linear matrices headers compat",
+    "stored": "spec kernels.layout kernels.foreign headers",
+    "checkpoint": "spec kernels.layout kernels.foreign linear matrices headers stored compat",
     "layer": "spec affine calibration transforms rounding recipe",
     "block": "spec affine parallel matrices layer linear blocks calibration folding transforms recipe report",
     "pipeline": "spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report block",
@@ -42,12 +43,13 @@ ALLOWED = {
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline prepare "
     "compat config",
-    "api": "config hf_quantizer compat",
-    "exporters": "spec kernels.layout linear matrices",
+    "output": "",
+    "api": "config hf_quantizer compat exporters output",
+    "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat",
     "model_cards": "",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
-    "demo": "api config evaluate linear report",
+    "demo": "api config evaluate linear output report",
     "cli": "api compat config demo evaluate evaluation_table inspection linear report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }

@@ -14,10 +14,9 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from awq_hf import compat
-from awq_hf.headers import Headers, TensorInfo, read_headers
+from awq_hf.headers import Headers, TensorInfo, read_headers, weight_files
 from awq_hf.report import REPORT_NAME
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -76,29 +75,13 @@ def open_source(name: str) -> Source:
         return _from_hub(name)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json; give the directory of a transformers model, or a Hub id")
-    headers = read_headers(_weight_files(directory, name), str(directory))
+    headers = read_headers(weight_files(directory, name), str(directory))
     report = directory / REPORT_NAME
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: transformers cannot read its config.json: {_first_line(error)}") from error
     return Source(name, config, headers, directory, _read_report(report) if report.is_file() else None)
-
-
-def _weight_files(directory: Path, name: str) -> list[Path]:
-    """The files that transformers would load."""
-    if (directory / SAFE_WEIGHTS_NAME).is_file():
-        return [directory / SAFE_WEIGHTS_NAME]
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return sorted({directory / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
-    if pickled:
-        raise ValueError(
-            f"{name} holds pickled weights only ({pickled[0]}), which can run code when they are opened; "
-            "load the model with transformers and save it again with save_pretrained, which writes safetensors"
-        )
-    raise ValueError(f"{name} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} is there")
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:
@@ -114,7 +97,7 @@ def _cached(repo: str) -> Path | None:
     """The directory of a Hub model whose weights were downloaded before."""
     try:
         directory = Path(snapshot_download(repo, local_files_only=True))
-        complete = all(file.is_file() for file in _weight_files(directory, repo))
+        complete = all(file.is_file() for file in weight_files(directory, repo))
     except (LocalEntryNotFoundError, ValueError):  # an id that is none is a ValueError
         return None
     return directory if complete and (directory / "config.json").is_file() else None

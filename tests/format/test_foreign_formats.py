@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from awq_hf import AwqLinear
+from awq_hf import AwqLinear, QuantizedWeight
+from awq_hf.affine import dequantize_weight
+from awq_hf.exporters.checkpoint import open_checkpoint
 
 SIZES = dict(vocab_size=64, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1)
 IDS = torch.arange(20)[None]
@@ -134,9 +136,11 @@ def written_config(path: Path) -> dict[str, Any]:
 
 def assert_loads_and_saves(path: Path, expected: LlamaForCausalLM, dtype: torch.dtype, again: Path) -> Any:
     """It computes what the plain model does, bit for bit in its weights; and is saved as gemm with nothing lost."""
-    model = load(path)
+    model, streamed = load(path), dict(open_checkpoint(path).items())  # what exporters read
     for name, module in model.named_modules():
         if isinstance(module, AwqLinear):
+            weight = streamed[f"{name}.weight"]
+            assert isinstance(weight, QuantizedWeight) and torch.equal(dequantize_weight(weight), expected.get_submodule(name).weight)
             assert torch.equal(module.dequantize(torch.float32), expected.get_submodule(name).weight)
             shapes = {part: tuple(p.shape) for part, p in module.named_parameters()}
             groups = module.in_features // module.spec.group_width(module.in_features)

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from awq_hf.cli.export import EXAMPLES, export
+
 app = typer.Typer(
     help="AWQ quantization for Hugging Face models.",
     no_args_is_help=True,
@@ -223,6 +225,9 @@ def inspect(
         typer.echo(json.dumps(found.to_dict()))
     else:
         show(found, console)
+
+
+app.command(epilog=EXAMPLES)(command(export))
 
 
 @app.command()

@@ -1,0 +1,276 @@
+"""What an exporter reads: the tensors of a model, quantized ones unpacked, one in memory at a time, under their names on disk."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from awq_hf import compat
+from awq_hf.config import AwqConfig
+from awq_hf.exporters.rope_keys import with_older_rope_keys
+from awq_hf.headers import INDEX, WEIGHTS, Headers, TensorInfo, read_headers, weight_files
+from awq_hf.kernels.foreign import to_gemm
+from awq_hf.kernels.layout import GEMM, WIDE, unpack
+from awq_hf.linear import unpack_weight
+from awq_hf.spec import QuantizedWeight, QuantSpec
+from awq_hf.stored import DTYPES, NAMES, ZEROS, Packed, find_packed, is_finite
+
+# What lies beside weights and belongs to the model: generation config, tokenizer, processor, chat template, remote code, licence.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.codes", "*.spm", "LICENSE*", "NOTICE*")
+_NOT_COMPANIONS = {"config.json", "quantize_config.json", "quant_config.json", "requirements.txt"}
+_FOLDERS = ("additional_chat_templates",)
+
+
+class Entry(NamedTuple):
+    """A tensor that a checkpoint will give. shape: [out, in] for a quantized matrix, whose kind is its spec; else as stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: QuantSpec | torch.dtype
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, quantized by AWQ or not, wherever it is.
+
+    label: what a user calls it. config_dict: config.json's content without quantization, with the rope keys of transformers 4 too.
+    config: the same as transformers' object, a plain PreTrainedConfig for an architecture whose code is not in transformers.
+    quantization: what the config said, None for a float model. directory: where its files lie, None for a model in memory that came
+    from nowhere. headers: of the tensors as they are stored.
+    """
+
+    label: str
+    config: PreTrainedConfig
+    config_dict: dict[str, Any]
+    quantization: AwqConfig | None
+    directory: Path | None
+    headers: Headers
+    load: Callable[[str], Tensor]  # a stored tensor by its name
+    model: PreTrainedModel | None = None  # where it is in memory
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the float tensors: what the config says, else that of the first one."""
+        named = getattr(torch, str(self.config_dict.get("dtype", self.config_dict.get("torch_dtype"))), None)
+        floats = (DTYPES[info.dtype] for info in self.headers.values() if info.dtype in ("F16", "BF16", "F32"))
+        return named if isinstance(named, torch.dtype) else next(floats, torch.float32)
+
+    @functools.cached_property
+    def packed(self) -> dict[str, Packed]:
+        """Quantized matrices: name of the module -> what its tensors are. Raises ValueError for tensors that do not fit the config.
+
+        A matrix is symmetric if the config says so and its zero points are, which are read.
+        """
+        if self.quantization is None:
+            return {}
+        config = self.quantization
+        specs = [spec for _, spec in config.recipe().overrides if spec is not None] + [config.spec()]
+        owners = sorted({name.rpartition(".")[0] for name in self.headers if name.rpartition(".")[2] in ("qweight", *ZEROS)})
+        found = {owner: find_packed(owner, self.headers, [config.spec_of(owner), *specs], config.version) for owner in owners}
+        return {owner: packed if self._says_so(owner, packed) else _asymmetric(packed) for owner, packed in found.items()}
+
+    def _says_so(self, owner: str, packed: Packed) -> bool:
+        """Whether a matrix that the config calls symmetric is."""
+        if not packed.spec.symmetric:
+            return True
+        if packed.layout in (GEMM, WIDE):
+            zeros = unpack(self.load(f"{owner}.{packed.zeros}"), packed.spec.bits, packed.shape[0])
+        else:
+            zeros = self._quantized(owner, packed).zero_points
+        return bool((zeros == packed.spec.middle_code).all())
+
+    @functools.cached_property
+    def activation_scales(self) -> list[str]:
+        """Tensors that outputs of an activation are divided by, which AutoAWQ gives models with GELU: see linear.ScaledActivation."""
+        vectors = [name for name, info in self.headers.items() if name.endswith(".scales") and len(info.shape) == 1]
+        return sorted(vectors, key=_natural) if self.packed else []
+
+    def names(self) -> list[Entry]:
+        """What `items` will give, in its order; no tensor is read."""
+        parts = {f"{owner}.{part}" for owner, packed in self.packed.items() for part in ("qweight", packed.zeros, "scales")}
+        entries = [Entry(f"{owner}.weight", packed.shape, packed.spec) for owner, packed in self.packed.items()]
+        entries += [Entry(name, info.shape, DTYPES[info.dtype]) for name, info in self.headers.items() if name not in parts]
+        return sorted(entries, key=lambda entry: _natural(entry.name))
+
+    def items(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """Name (that of the original checkpoint, ending in .weight for quantized matrices as well) and value, sorted by name.
+
+        Layers are sorted by number; biases are items of their own; a head that is tied to the embeddings is none. Scales keep the dtype
+        of the file. Raises ValueError naming a tensor that holds NaN or infinity, and for zero points that are no integers.
+        """
+        for name, _, kind in self.names():
+            if isinstance(kind, QuantSpec):
+                yield name, self._quantized(owner := name.removesuffix(".weight"), self.packed[owner])
+            else:
+                yield name, self._finite(name)
+
+    __iter__ = items
+
+    def _finite(self, name: str) -> Tensor:
+        tensor = self.load(name)
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ValueError(f"{name} of {self.label} holds NaN or infinity: the checkpoint is damaged")
+        return tensor
+
+    def _quantized(self, owner: str, packed: Packed) -> QuantizedWeight:
+        qweight, zeros, scales = self.load(f"{owner}.qweight"), self._finite(f"{owner}.{packed.zeros}"), self._finite(f"{owner}.scales")
+        if packed.layout not in (GEMM, WIDE):
+            try:
+                qweight, zeros, scales = to_gemm(packed.layout, qweight, zeros, scales, packed.spec.group_width(packed.shape[1]))
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from None
+        return unpack_weight(qweight, zeros, scales, packed.spec)
+
+    def files(self) -> list[Path]:
+        """What comes along: generation config, tokenizer or processor, chat template, remote code, licence, report.json."""
+        if self.directory is None:
+            return []
+        found = {path for pattern in _COMPANIONS for path in self.directory.glob(pattern)}
+        found |= {path for folder in _FOLDERS for path in (self.directory / folder).glob("*")}
+        return sorted(
+            path for path in found if path.is_file() and path.name not in _NOT_COMPANIONS and not path.name.endswith(".index.json")
+        )
+
+
+def _asymmetric(packed: Packed) -> Packed:
+    return packed._replace(spec=replace(packed.spec, symmetric=False))
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts layers by number."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def open_checkpoint(model: str | os.PathLike[str] | PreTrainedModel, **location: Any) -> Checkpoint:
+    """A model in memory, or the name of a directory or of a Hub repository that holds safetensors; no tensor is read.
+
+    location: revision, cache_dir, token, local_files_only, for the Hub. Raises ValueError for what cannot be exported, naming the reason.
+    """
+    if isinstance(model, PreTrainedModel):
+        if location:
+            raise TypeError(f"{', '.join(location)}: options for the Hub have no use with a model that is in memory")
+        return _in_memory(model)
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model, merge the adapter first"
+        )
+    directory, label = _directory(os.fspath(model), location), os.fspath(model)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{label} holds no config.json; give the directory of a model as transformers saves it, or a Hub id")
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = _without_quantization(_config(directory, content))
+    headers = read_headers(weight_files(directory, label), str(directory))
+    return _checked(Checkpoint(label, config, *_split(content, label), directory, headers, _Files(headers).load))
+
+
+def _directory(name: str, location: dict[str, Any]) -> Path:
+    if (path := Path(name).expanduser()).is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a Hub id")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise FileNotFoundError(f"there is no directory {name}, and it cannot be a Hub id (owner/name) either") from None
+    wanted = [*_COMPANIONS, WEIGHTS, INDEX, "model-*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["original/*", "onnx/*"], **location))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"{name} is no directory here, and the Hub does not give such a model: {str(error).splitlines()[0]}") from error
+
+
+def _config(directory: Path, content: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, OSError):  # an architecture whose code comes with the checkpoint
+        return PreTrainedConfig.from_dict(copy.deepcopy(content))
+
+
+def _in_memory(model: PreTrainedModel) -> Checkpoint:
+    label = model.name_or_path or type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{label} has adapters attached; merge them into the model, or delete them, before it is exported")
+    tensors = compat.state_dict_on_disk(model)
+    if elsewhere := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
+        raise ValueError(f'{elsewhere[0]} of {label} is offloaded; load the model with device_map="cpu", or export its directory')
+    headers = {name: TensorInfo(tuple(tensor.shape), _name_of(name, tensor), "memory") for name, tensor in tensors.items()}
+    content = compat.config_on_disk(model)
+    directory = _beside(model)
+    config = _without_quantization(copy.deepcopy(model.config))
+    return _checked(Checkpoint(label, config, *_split(content, label), directory, headers, lambda name: tensors[name].cpu(), model))
+
+
+def _name_of(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in NAMES:
+        raise ValueError(f"{name} is {tensor.dtype}, which is not exported")
+    return NAMES[tensor.dtype]
+
+
+def _beside(model: PreTrainedModel) -> Path | None:
+    """The directory that a model in memory was loaded from, if it is still there; of the Hub's, the one in the cache."""
+    name = model.name_or_path
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    try:
+        return Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):  # an id that is none is a ValueError
+        return None
+
+
+def _split(content: dict[str, Any], label: str) -> tuple[dict[str, Any], AwqConfig | None]:
+    """config.json's content without its description of quantization, and that. Raises ValueError when it is not AWQ."""
+    rest = with_older_rope_keys({k: v for k, v in content.items() if k not in ("quantization_config", "compression_config")})
+    stored = content.get("quantization_config") or content.get("compression_config")
+    if not stored:
+        return rest, None
+    if (method := stored.get("quant_method")) != "awq":
+        raise ValueError(f"{label} is quantized ({method or 'of unknown method'}); AWQ checkpoints and float ones can be exported")
+    return rest, AwqConfig.from_dict(stored)
+
+
+def _without_quantization(config: Any) -> PreTrainedConfig:
+    for name in ("quantization_config", "compression_config"):
+        config.__dict__.pop(name, None)
+    return config
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, after everything that the headers can tell: config and tensors agree on being quantized, and all can be read."""
+    quantized = [name for name in checkpoint.headers if name.endswith(".qweight")]
+    if checkpoint.quantization is None and quantized:
+        raise ValueError(f"{quantized[0]} of {checkpoint.label} is quantized, which config.json should say in quantization_config")
+    if checkpoint.quantization is not None and not checkpoint.packed:
+        raise ValueError(f"config.json of {checkpoint.label} says AWQ, but no tensor is named *.qweight: it is not quantized")
+    for name, info in checkpoint.headers.items():
+        if info.dtype not in DTYPES:
+            raise ValueError(f"{name} of {checkpoint.label} is {info}, which is not exported")
+    return checkpoint
+
+
+class _Files:
+    """The tensors of safetensors files, which are opened once each, when they are first asked for."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self.opened: dict[str, Any] = {}
+
+    def load(self, name: str) -> Tensor:
+        file = self.headers[name].file
+        if file not in self.opened:
+            self.opened[file] = safe_open(file, framework="pt")
+        tensor: Tensor = self.opened[file].get_tensor(name)
+        return tensor
