@@ -25,7 +25,7 @@ from awq_hf.parallel import in_parallel
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.spec import QuantizedWeight, QuantSpec
-from awq_hf.transforms.awq_scale import Loss, ScaleChoice, search_scales
+from awq_hf.transforms.awq_scale import Loss, ScaleChoice, nearest, search_scales
 
 SAME = 0.02  # relative difference that the order of sums can make in bfloat16 within a block; a wrong code costs far more
 
@@ -117,7 +117,7 @@ class BlockWork:
         """Search the scales of every fold, and divide the norms by them. Linears take their share when they are rounded."""
         for fold in self.folds:
             producer = self.block.get_submodule(fold.producer)
-            consumers = [(self.linears[n].weight.data.to(torch.float32), self.specs[n]) for n in fold.consumers if n in self.specs]
+            consumers = [(self.linears[n].weight.data.to(torch.float32), nearest(self.specs[n])) for n in fold.consumers if n in self.specs]
             if not consumers:
                 continue
             channels = len(weight_of(producer))

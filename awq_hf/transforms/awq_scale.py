@@ -24,6 +24,7 @@ from awq_hf.parallel import in_parallel, row_pieces
 from awq_hf.spec import QuantSpec
 
 FLOOR = 1e-4  # of magnitudes and scales, relative to their mean: dead channels get a finite scale
+FINALISTS = 4  # candidates that judges are asked about
 MARGIN = 0.01  # a gain on the held-out slice below this share is noise, and not worth a change of the model
 
 Loss = Callable[[Tensor], float]
@@ -47,45 +48,55 @@ class ScaleChoice:
     identity_loss: float
 
 
-Consumer = tuple[Tensor, QuantSpec]  # a weight, float32 [out, in], and how it will be stored
+Rounding = Callable[[Tensor, Tensor], Tensor]  # rows [rows, in], E[x^2] of their inputs [in] -> the same as stored, dequantized
+Consumer = tuple[Tensor, Rounding]  # a weight, float32 [out, in], and how it will be stored
+
+
+def nearest(spec: QuantSpec) -> Rounding:
+    return lambda rows, _energy: fake_quantize(rows, choose_grid(rows, spec))
 
 
 def search_scales(
     consumers: list[Consumer], channel_map: Tensor, channels: int, energy: Tensor, held_energy: Tensor, options: ScaleOptions,
-    loss_of: Loss | None = None,
+    loss_of: Loss | None = None, judges: list[Consumer] | None = None,
 ) -> ScaleChoice:  # fmt: skip
     """The smoothing scales of one fold: best on the calibration statistic, and kept only if the held-out slice agrees.
 
     consumers: all that share the input; channel_map: [in] -> producer channel; channels: producer
-    channels; energy, held_energy: E[x^2] of the float input, [in]. loss_of overrides the loss of scales [in].
+    channels; energy, held_energy: E[x^2] of the float input, [in]. loss_of overrides the loss of scales [in]. judges: where the real
+    rounding is too slow for all candidates, consumers whose rounding resembles it leave the best few, which these decide between.
     """
     one = torch.ones(channels, device=channel_map.device)
     candidates = list(_candidates([weight for weight, _ in consumers], channel_map, channels, energy, options))
     scales = torch.stack([one, *(scales for _, _, scales in candidates)])[:, channel_map]  # [candidates, in]
     identity_loss, *losses = nearest_losses(consumers, scales, energy) if loss_of is None else [loss_of(s) for s in scales]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    if losses[best] >= identity_loss:
+    found = dict(enumerate(losses))
+    if judges is not None:
+        finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
+        identity_loss, *losses = nearest_losses(judges, scales[[0, *(1 + i for i in finalists)]], energy)
+        found, consumers = dict(zip(finalists, losses, strict=True)), judges
+    best = min(found, key=found.__getitem__)
+    if found[best] >= identity_loss:
         return ScaleChoice(one, 0.0, "identity", identity_loss, identity_loss)
     family, alpha, smoothing = candidates[best]
     held_loss, held_identity = nearest_losses(consumers, torch.stack([smoothing, one])[:, channel_map], held_energy)
     if held_loss <= (1 - MARGIN) * held_identity:
-        return ScaleChoice(smoothing, alpha, family, losses[best], identity_loss)
+        return ScaleChoice(smoothing, alpha, family, found[best], identity_loss)
     return ScaleChoice(one, 0.0, "identity (held-out slice)", identity_loss, identity_loss)
 
 
 def nearest_losses(consumers: list[Consumer], scales: Tensor, energy: Tensor) -> list[float]:
-    """Expected output error of plain rounding after smoothing by each of scales [candidates, in], summed over the consumers."""
+    """Expected output error of rounding after smoothing by each of scales [candidates, in], summed over the consumers."""
 
     def piece(of: Consumer) -> Tensor:
-        rows, spec = of
+        rows, rounding = of
         errors = []
         for s in scales:
-            smoothed = rows * s
-            d = fake_quantize(smoothed, choose_grid(smoothed, spec)).div_(s).sub_(rows)
+            d = rounding(rows * s, energy / (s * s)).div_(s).sub_(rows)
             errors.append((d.square_() @ energy).sum())
         return torch.stack(errors)
 
-    pieces = [(weight[rows], spec) for weight, spec in consumers for rows in row_pieces(weight)]
+    pieces = [(weight[rows], rounding) for weight, rounding in consumers for rows in row_pieces(weight)]
     return torch.stack(in_parallel(piece, pieces)).sum(0, dtype=torch.float64).tolist()  # [pieces, candidates] -> [candidates]
 
 

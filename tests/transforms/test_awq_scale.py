@@ -8,14 +8,14 @@ from torch import Tensor
 
 from awq_hf.affine import choose_grid, fake_quantize
 from awq_hf.spec import QuantSpec
-from awq_hf.transforms.awq_scale import ScaleOptions, nearest_losses, search_scales
+from awq_hf.transforms.awq_scale import FINALISTS, Consumer, ScaleOptions, nearest, nearest_losses, search_scales
 
 SPEC = QuantSpec(3, 16)
 IDENTITY = torch.arange(32)
 
 
-def stored(weights: list[Tensor]) -> list[tuple[Tensor, QuantSpec]]:
-    return [(weight, SPEC) for weight in weights]
+def stored(weights: list[Tensor], spec: QuantSpec = SPEC) -> list[Consumer]:
+    return [(weight, nearest(spec)) for weight in weights]
 
 
 def energy(x: Tensor) -> Tensor:
@@ -155,3 +155,21 @@ def test_dead_channels_and_zero_weights_get_finite_scales(dead: list[int]) -> No
             assert bool(torch.isfinite(scales).all()) and bool((scales > 0).all())
         choice = search_scales(stored([w]), IDENTITY, 32, energy(x), energy(x), ScaleOptions())
         assert choice.loss <= choice.identity_loss and bool(torch.isfinite(choice.scales).all())
+
+
+def test_judges_decide_between_the_best_few() -> None:
+    """Consumers of 3 bits choose for judges of 4: the judges see few candidates, and theirs are the losses that are returned."""
+    x, seen = salient(), []
+
+    def judge(rows: Tensor, importance: Tensor) -> Tensor:
+        seen.append(importance)
+        return nearest(SPEC)(rows, importance)
+
+    weights = [torch.randn(16, 32, generator=torch.Generator().manual_seed(5))]
+    rough = stored(weights, QuantSpec(3, SPEC.group_size))
+    choice = search_scales(rough, IDENTITY, 32, energy(x), energy(x), ScaleOptions(), judges=[(weights[0], judge)])
+    assert len(seen) == 1 + FINALISTS + 2  # identity and finalists, then the winner and the identity on the held-out slice
+    assert torch.equal(seen[0], energy(x))
+    assert choice.identity_loss == pytest.approx(nearest_losses(stored(weights), torch.ones(1, 32), energy(x))[0], rel=1e-6)
+    assert choice.alpha > 0
+    torch.testing.assert_close(seen[-2], energy(x) / choice.scales**2)  # what reaches the smoothed weight
