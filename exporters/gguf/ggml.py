@@ -107,13 +107,18 @@ def quantize(rows: Floats, kind: Type, importance: Floats | None = None) -> Byte
     encode, size = _encoder(kind, importance), row_bytes(kind, k)
     if rows.size and not max(rows.max(), -rows.min()) <= LARGEST:
         raise ValueError(f"a weight is not finite, or beyond {LARGEST}, which {kind.name}'s float16 scales do not reach; use F32 here")
+    return by_rows(lambda part: encode(np.ascontiguousarray(rows[part], np.float32), importance), n, k, size)
+
+
+def by_rows(encode: Callable[[slice], Bytes], n: int, k: int, size: int) -> Bytes:
+    """encode(slice) of n rows of k weights, in pieces that fit a core's cache, on as many threads as torch uses: uint8 [n, size]."""
     out = np.empty((n, size), np.uint8)
     step = max(1, WEIGHTS // k)
 
     def fill(start: int) -> None:
         part = slice(start, start + step)
         with np.errstate(all="ignore"):  # holds for one thread; empty sub-blocks divide zero by zero, as in ggml
-            out[part] = encode(np.ascontiguousarray(rows[part], np.float32), importance)
+            out[part] = encode(part)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(fill, range(0, n, step)))

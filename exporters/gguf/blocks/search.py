@@ -49,6 +49,11 @@ def first_smallest(x: Floats) -> Floats:
     return smallest
 
 
+def pick(mask: NDArray[np.bool_], one: Floats | np.float32, other: Floats | np.float32) -> Floats:
+    chosen: Floats = np.where(mask, one, other)  # numpy's annotations lose the dtype
+    return chosen
+
+
 class AffineSearch:
     """Scales and minimums with x ~ scale * code - minimum, code in 0..top, minimum >= 0, of least weighted error.
 
@@ -59,11 +64,11 @@ class AffineSearch:
     def __init__(self, x: Floats, weights: Floats, top: int, trials: Sequence[np.float32], absolute: bool = False) -> None:
         self.x, self.weights, self.top, self.absolute = x, weights, F(top), absolute
         self.lowest, self.highest = first_smallest(x), x.max(axis=0)
-        low: Floats = np.where(self.lowest > 0, F(0), self.lowest)
+        low = pick(self.lowest > 0, F(0), self.lowest)
         self.flat = self.highest <= low
         self._buffer, self._product = np.empty_like(x), np.empty_like(x)
         inverse = self._inverse(self.top, low)
-        scale: Floats = np.where(self.flat, F(0), F(1) / inverse)
+        scale = pick(self.flat, F(0), F(1) / inverse)
         codes = self._codes_into(np.empty_like(x), low, inverse)
         error = self._error(codes, scale, low)
         used = inverse, low  # what the codes of the best so far come from
@@ -73,15 +78,15 @@ class AffineSearch:
             self._codes_into(codes, low, inverse)
             sum_l, sum_l2, sum_xl = self._moments(codes)
             determinant = sum_w * sum_l2 - sum_l * sum_l
-            new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-            new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+            new_scale = np.divide(sum_w * sum_xl - sum_x * sum_l, determinant)
+            new_low = np.divide(sum_l2 * sum_x - sum_l * sum_xl, determinant)
             positive = new_low > 0
-            new_scale = np.where(positive, sum_xl / sum_l2, new_scale)
-            new_low = np.where(positive, F(0), new_low)
+            new_scale = pick(positive, sum_xl / sum_l2, new_scale)
+            new_low = pick(positive, F(0), new_low)
             new_error = self._error(codes, new_scale, new_low)
             better = (determinant > 0) & (new_error < error) & ~self.flat
-            used = np.where(better, inverse, used[0]), np.where(better, low, used[1])
-            scale, low, error = np.where(better, new_scale, scale), np.where(better, new_low, low), np.where(better, new_error, error)
+            used = pick(better, inverse, used[0]), pick(better, low, used[1])
+            scale, low, error = pick(better, new_scale, scale), pick(better, new_low, low), pick(better, new_error, error)
         self.scale, self.minimum, self._used = scale, -low, used
 
     def codes(self) -> Floats:
@@ -90,7 +95,7 @@ class AffineSearch:
         return self._codes_into(np.empty_like(self.x), low, inverse)
 
     def _inverse(self, levels: np.float32, low: Floats) -> Floats:
-        return np.where(self.flat, F(0), levels / (self.highest - low))
+        return pick(self.flat, F(0), levels / (self.highest - low))
 
     def _codes_into(self, out: Floats, low: Floats, inverse: Floats) -> Floats:
         np.multiply(np.subtract(self.x, low, out=out), inverse, out=out)
@@ -120,7 +125,7 @@ def symmetric_search(x: Floats, weights: Floats, half: int) -> tuple[Floats, Int
     """Scales with x ~ scale * (code - half), code in 0..2 half - 1, of least weighted error; and the codes. Codes of zero columns are 0."""
     magnitude, extreme = first_largest(x)
     zero = magnitude < EPS
-    extreme = np.where(zero, F(1), extreme)
+    extreme = pick(zero, F(1), extreme)
     weighted = weights * x
     codes, product = np.empty_like(x), np.empty_like(x)
 
@@ -133,32 +138,32 @@ def symmetric_search(x: Floats, weights: Floats, half: int) -> tuple[Floats, Int
 
     used = F(-half) / extreme
     along, square = moments(used)
-    scale = np.where(square != 0, along / square, F(0))
+    scale = pick(square != 0, along / square, F(0))
     best = scale * along
     for step in [*range(-9, 0), *range(1, 10)]:
         inverse = -(F(half) + F(0.1) * F(step)) / extreme
         along, square = moments(inverse)
         better = (square > 0) & (along * along > best * square)
-        used = np.where(better, inverse, used)
-        scale = np.where(better, along / square, scale)
-        best = np.where(better, scale * along, best)
+        used = pick(better, inverse, used)
+        scale = pick(better, along / square, scale)
+        best = pick(better, scale * along, best)
     moments(used)
-    return np.where(zero, F(0), scale), np.where(zero, 0, codes.astype(np.int32) + half)
+    return pick(zero, F(0), scale), np.where(zero, 0, codes.astype(np.int32) + half)
 
 
 def descended_search(x: Floats, half: int) -> tuple[Floats, Integers]:
     """As `symmetric_search` with weights x^2, but from the plain rounding each code moves in turn while that helps, five times round."""
     magnitude, extreme = first_largest(x)
     zero = magnitude < EPS
-    codes = np.clip(nearest(F(-half) / np.where(zero, F(1), extreme) * x), -half, half - 1)
+    codes = np.clip(nearest(F(-half) / pick(zero, F(1), extreme) * x), -half, half - 1)
     weights = x * x
     along, square = ordered_sum(weights * x * codes.astype(F)), ordered_sum(weights * codes.astype(F) * codes.astype(F))
     for _ in range(5):
         along, square, changed = _descend(x, weights, codes, along, square, -half, half - 1, F(-np.inf))
         if not changed:
             break
-    scale = np.where(square > 0, along / square, F(0))
-    return np.where(zero, F(0), scale), np.where(zero, 0, codes + half)
+    scale = pick(square > 0, along / square, F(0))
+    return pick(zero, F(0), scale), np.where(zero, 0, codes + half)
 
 
 def _descend(
@@ -178,7 +183,7 @@ def _descend(
         better = (along_rest > 0) & (square_rest > floor) & (wanted != codes[i])
         better &= (new_square > 0) & (new_along * new_along * square > along * along * new_square)
         codes[i] = np.where(better, wanted, codes[i])
-        along, square = np.where(better, new_along, along), np.where(better, new_square, square)
+        along, square = pick(better, new_along, along), pick(better, new_square, square)
         changed |= bool(better.any())
     return along, square, changed
 
@@ -190,13 +195,13 @@ def positive_search(x: Floats, weights: Floats, top: int) -> tuple[Floats, Integ
     """
     highest = x.max(axis=0)
     zero = ~(highest >= EPS)
-    highest = np.where(zero, F(1), highest)
+    highest = pick(zero, F(1), highest)
     used = F(top) / highest
     best = _spread_error(x, weights, nearest(used * x) & 0xFF, F(1) / used)
     for step in [*range(-4, 0), *range(1, 5)]:
         inverse = (F(0.1) * F(step) + F(top)) / highest
         error = _spread_error(x, weights, np.minimum(nearest(inverse * x), top), F(1) / inverse)
-        used, best = np.where(error < best, inverse, used), np.where(error < best, error, best)
+        used, best = pick(error < best, inverse, used), pick(error < best, error, best)
     codes = np.minimum(nearest(used * x), top)
     along, square = ordered_sum(weights * x * codes.astype(F)), ordered_sum(weights * codes.astype(F) * codes.astype(F))
     codes &= 0xFF
@@ -205,8 +210,8 @@ def positive_search(x: Floats, weights: Floats, top: int) -> tuple[Floats, Integ
         codes &= 0xFF
         if not changed:
             break
-    scale = np.where(square > 0, along / square, F(0))
-    return np.where(zero, F(0), scale), np.where(zero, 0, codes)
+    scale = pick(square > 0, along / square, F(0))
+    return pick(zero, F(0), scale), np.where(zero, 0, codes)
 
 
 def _spread_error(x: Floats, weights: Floats, codes: Integers, scale: Floats) -> Floats:
