@@ -153,6 +153,30 @@ def test_files_that_belong_to_the_model_come_along(demo_dir: Path, tmp_path: Pat
     assert found == {"generation_config.json", "tokenizer.json", "tokenizer_config.json", *extra, "additional_chat_templates/tools.jinja"}
 
 
+@pytest.fixture
+def in_cache(quantized_dir: Path, tmp_path: Path) -> Path:
+    """A cache of the Hub that holds somebody/model, of which main is another revision than v1."""
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        snapshot = tmp_path / "models--somebody--model" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for path in quantized_dir.iterdir():
+            (snapshot / path.name).symlink_to(path)
+        (snapshot / f"tokenizer_{revision}.json").write_text("{}")
+        refs = tmp_path / "models--somebody--model" / "refs"
+        refs.mkdir(exist_ok=True)
+        (refs / revision).write_text(commit)
+    return tmp_path
+
+
+def test_a_model_of_the_hub(in_cache: Path, quantized_dir: Path) -> None:
+    main, v1 = (open_checkpoint("somebody/model", cache_dir=in_cache, revision=revision) for revision in (None, "v1"))
+    assert main.names() == v1.names() == open_checkpoint(quantized_dir).names()
+    assert {"tokenizer_main.json"} == {path.name for path in main.files()} - {path.name for path in v1.files()}
+    assert main.label == "somebody/model"
+    with pytest.raises(ValueError, match="somebody/other is no directory here, and the Hub does not give such a model"):
+        open_checkpoint("somebody/other", cache_dir=in_cache)
+
+
 # Refused
 
 

@@ -37,7 +37,77 @@ def gptqmodel(checkpoint: Path, prompt: str | list[int]) -> Any:
         return model(torch.tensor([ids])).logits[0]
 
 
-PROGRAMS = {"mlx": mlx, "gptqmodel": gptqmodel}
+def transformers(checkpoint: Path, prompt: str | list[int], **options: Any) -> Any:
+    """The class that the checkpoint names, with what transformers has for its quantization."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    kind = getattr(transformers, config.architectures[0])
+    model = kind.from_pretrained(checkpoint, dtype=torch.float32, **options)
+    with torch.inference_mode():
+        return model(torch.tensor([prompt])).logits[0]
+
+
+def compressed_tensors(checkpoint: Path, prompt: str | list[int]) -> Any:
+    """transformers with compressed-tensors. Release 5.23 reads zero points only where it dequantizes while loading."""
+    from transformers import CompressedTensorsConfig
+
+    groups = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    if all(group["weights"]["symmetric"] for group in groups):
+        return transformers(checkpoint, prompt)
+    return transformers(checkpoint, prompt, quantization_config=CompressedTensorsConfig(dequantize=True))
+
+
+def decompressor(checkpoint: Path, prompt: str | list[int]) -> Any:
+    """Not logits: the weights that the compressed-tensors package makes of the packed modules, one after the other by name.
+
+    It also finds out which Linears its matching takes for quantized, which have to be those that are packed.
+    """
+    import torch
+    import transformers
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import is_match, match_targets
+    from safetensors.torch import load_file
+
+    stored = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    packed = sorted(name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed"))
+    config = QuantizationConfig.model_validate(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
+    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert packed == sorted(name for name, module in linears.items() if is_match(name, module, schemes, config.ignore))
+    weights = []
+    for name in packed:
+        parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.weight_")}
+        parts["weight_scale"] = parts["weight_scale"].float()  # the exact values
+        scheme = schemes[match_targets(name, linears[name], schemes)[0]]
+        decompress = BaseCompressor.get_value_from_registry(scheme.format).decompress
+        weights.append(decompress(parts, scheme)["weight"].flatten())
+    return torch.cat(weights)
+
+
+def gptq(checkpoint: Path, prompt: str | list[int]) -> Any:
+    """gptqmodel itself, which wants a tokenizer beside the model."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(str(checkpoint), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model
+    assert any(type(module).__module__.startswith("gptqmodel.") for module in model.modules())
+    with torch.inference_mode():
+        return model(torch.tensor([prompt])).logits[0].float()
+
+
+PROGRAMS = {
+    "mlx": mlx,
+    "gptqmodel": gptqmodel,
+    "transformers": transformers,
+    "compressed_tensors": compressed_tensors,
+    "decompressor": decompressor,
+    "gptq": gptq,
+}
 
 
 def main(program: str, folder: Path) -> None:
