@@ -87,12 +87,9 @@ def find_architecture(config: PreTrainedConfig) -> Architecture:
             "To add one that llama.cpp runs, add its line to exporters/gguf/architectures.py"
         )
     found = ARCHITECTURES[name]
-    wanted = found.requires
-    for attribute, value in wanted.items():
+    for attribute, value in found.requires.items():
         if (actual := getattr(config, attribute, value)) != value:
-            raise ValueError(
-                f"{attribute} is {actual!r}, but llama.cpp computes {found.arch.name} with {value!r} only: not exported to GGUF"
-            )
+            raise ValueError(f"{attribute} is {actual!r}, but llama.cpp computes {found.arch.name} with {value!r} only")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != found.activation:
         raise ValueError(f"the activation is {activation}, but llama.cpp computes {found.arch.name} with {found.activation} only")

@@ -39,7 +39,7 @@ def n_bytes(shape: tuple[int, ...], kind: Type) -> int:
 
 
 def encode(rows: Rows, kind: Type) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """rows: [n, k] or a vector, of a float dtype or quantized. uint8 bytes of them in `kind`. Raises ValueError for what does not fit it."""
+    """rows: [n, k] or a vector, float or quantized. The bytes of them in `kind`. Raises ValueError for what does not fit it."""
     values = dequantize_weight(rows) if isinstance(rows, QuantizedWeight) else rows.to(torch.float32)
     data = gguf.quants.quantize(values.contiguous().numpy(), kind)
     if kind is Type.F16 and not np.isfinite(data).all():
@@ -59,5 +59,5 @@ def n_rows(value: Rows) -> int:
 
 
 def rotary_order(n: int, heads: int) -> Tensor:
-    """Rows of a projection as llama.cpp wants them, which rotates channels 2i and 2i + 1 of a head where transformers rotates i and i + half."""
+    """Rows of a projection as llama.cpp wants them: it rotates channels 2i and 2i + 1 of a head together, transformers i and i + half."""
     return torch.arange(n).view(heads, 2, n // heads // 2).transpose(1, 2).reshape(-1)

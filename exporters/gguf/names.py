@@ -108,7 +108,7 @@ def _add_window(writer: GGUFWriter, config: PreTrainedConfig, architecture: Arch
         period = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
         if kinds != ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(len(kinds))]:
             raise ValueError(f"layer_types is {kinds}, but llama.cpp computes one full layer at every n-th place only")
-        writer.add_sliding_window(window)
+        writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(period)
     elif architecture.arch is gguf.MODEL_ARCH.PHI3:
         writer.add_sliding_window(window or 0)  # required there; 0: none
@@ -119,7 +119,7 @@ def _add_window(writer: GGUFWriter, config: PreTrainedConfig, architecture: Arch
 
 
 def origin(directory: Path | None, label: str, parameters: int, given: Mapping[str, str]) -> Metadata:
-    """general.* of the file, from model card, config and name of the directory; `given` goes first. Raises ValueError for unknown fields."""
+    """general.* of the file, from model card, config and directory; `given` goes first. Raises ValueError for unknown fields."""
     known = {field.name for field in fields(Metadata)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"metadata has no field {unknown[0]!r}; there are: {', '.join(sorted(known))}")

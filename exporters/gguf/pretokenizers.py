@@ -46,7 +46,7 @@ def find_pre_tokenizer(tokenizer: Tokenizer) -> str:
         names = NAMES[steps]
     except (ValueError, KeyError):
         raise ValueError(
-            f"the pre-tokenizer of this tokenizer is not one that llama.cpp is known to have: {json.dumps(content['pre_tokenizer'])[:400]}; "
+            f"llama.cpp is not known to have this tokenizer's pre-tokenizer: {json.dumps(content['pre_tokenizer'])[:400]}; "
             "if llama.cpp has it under some name, give that name as pre_tokenizer"
         ) from None
     skips = bool(content["model"].get("ignore_merges"))
@@ -55,8 +55,8 @@ def find_pre_tokenizer(tokenizer: Tokenizer) -> str:
     (name,) = names.values()
     if (token := _reached_otherwise(tokenizer)) is not None:
         raise ValueError(
-            f"ignore_merges is {skips} in tokenizer.json, while llama.cpp's {name!r} has {not skips}, and tokens such as {token!r} come out "
-            f"differently; give pre_tokenizer={name!r} to accept that"
+            f"ignore_merges is {skips} in tokenizer.json, while llama.cpp's {name!r} has {not skips}, and tokens such as {token!r} come "
+            f"out differently; give pre_tokenizer={name!r} to accept that"
         )
     return name
 

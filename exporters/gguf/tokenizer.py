@@ -1,11 +1,12 @@
 """The vocabulary: tokens with their types and scores, merges, special tokens, chat template, from a transformers tokenizer.
 
-Two kinds exist in llama.cpp. "gpt2" merges bytes by a list of merges, after a pre-tokenizer. "llama" (SentencePiece) merges characters, best
-score of the result first; a list of merges says the same if it has every way to arrive at a token, and all of them in one place.
+Two kinds exist in llama.cpp. "gpt2" merges bytes by a list of merges, after a pre-tokenizer. "llama" (SentencePiece) merges characters,
+best score of the result first; a list of merges says the same if it has every way to arrive at a token, and all of them in one place.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -141,7 +142,8 @@ def _type_of(token: str, added: Any, known: bool, unknown: str | None) -> TokenT
 
 def _pairs(content: dict[str, Any]) -> list[tuple[str, str]]:
     merges = content["model"]["merges"]
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges)
+    return [(left, right) for left, right in pairs]
 
 
 def _scores(content: dict[str, Any], tokens: list[str], types: list[TokenType]) -> list[float]:
@@ -159,11 +161,11 @@ def _scores(content: dict[str, Any], tokens: list[str], types: list[TokenType]) 
             pair = token[:cut], token[cut:]
             if pair[0] in normal and pair[1] in normal and pair not in merges:
                 raise ValueError(
-                    f"the tokenizer does not merge {pair[0]!r} and {pair[1]!r} to {token!r}, but llama.cpp's SentencePiece algorithm would: "
-                    "its tokens would differ"
+                    f"the tokenizer does not merge {pair[0]!r} and {pair[1]!r} to {token!r}, but llama.cpp's SentencePiece "
+                    "algorithm would: its tokens would differ"
                 )
     ends = sorted((found[0], found[-1], token) for token, found in ranks.items())
-    for (_, last, token), (first, _, other) in zip(ends, ends[1:], strict=False):
+    for (_, last, token), (first, _, other) in itertools.pairwise(ends):
         if first < last:
             raise ValueError(f"the merges for {token!r} and {other!r} are mixed, which scores of tokens cannot say: llama.cpp would differ")
     usual = {TokenType.NORMAL: 0.0, TokenType.BYTE: 0.0, TokenType.UNKNOWN: 0.0}
@@ -186,12 +188,9 @@ def _adds_space(content: dict[str, Any]) -> bool:
         adds = adds or pre_tokenizer["prepend_scheme"] != "never"
         if adds:
             logger.warning(
-                "llama.cpp puts a space before text that begins with a space, and before text after a special token; this tokenizer does not"
+                "llama.cpp puts a space before text that begins with one, and before text after a special token; this tokenizer does not"
             )
-        if pre_tokenizer.get("split", True):
-            pre_tokenizer = {"type": "Metaspace, which splits at spaces"}
-        else:
-            pre_tokenizer = None
+        pre_tokenizer = {"type": "Metaspace, which splits at spaces"} if pre_tokenizer.get("split", True) else None
     if pre_tokenizer and pre_tokenizer.get("pattern") != {"String": " "}:  # spaces are replaced before: never found
         raise ValueError(f"the tokenizer splits text by {json.dumps(pre_tokenizer)[:200]}, which llama.cpp does not with this algorithm")
     return adds

@@ -48,8 +48,8 @@ def export(
     """Write `checkpoint` as a GGUF file and return its path; with shard_size, in bytes, the paths of its parts.
 
     path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf. type: of the
-    matrices; vectors are float32. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it, where
-    it cannot be found out. metadata: general.* by name (name, version, license, quantized_by, ...), beyond what the model card says.
+    matrices; vectors are float32. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it,
+    where it cannot be found out. metadata: general.* by name (name, version, license, quantized_by, ...), beyond what the model card says.
     Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
     tensors that turn out to hold something unfit are found before anything is written.
     """

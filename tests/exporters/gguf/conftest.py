@@ -69,7 +69,7 @@ def byte_level() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> Callable[..., Any]:
-    """sentencepiece(prefix, add_bos): BPE on characters with byte fallback, as converted from SentencePiece: Llama 2's with a prefix, Gemma's
+    """sentencepiece(prefix, add_bos): BPE on characters with byte fallback, converted from SentencePiece: Llama 2's with a prefix, Gemma's
     without. Merges are all ways to put tokens together, best token first, as transformers lists them."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers.tokenization_utils_base import generate_merges

@@ -92,6 +92,27 @@ def test_llama_cpp_computes_what_transformers_does(
     assert llama.generate(tokens, 24) == expected
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mixtral"])  # its reader knows no experts under the name llama
+def test_transformers_reads_the_same_bits(name: str, build: Any, tmp_path: Path) -> None:
+    model, _ = build(name, tmp_path / "model")
+    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type="F32", progress=False)
+    found = type(model).from_pretrained(file.parent, gguf_file=file.name, config=model.config, dtype=torch.float32)
+    expected = model.state_dict()
+    for key, tensor in found.state_dict().items():
+        shifted = name.startswith("gemma") and "norm" in key  # stored with 1 added
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=2.0**-22 if shifted else 0.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize(("kind", "bound"), [("F16", 1e-5), ("BF16", 1e-3), ("Q8_0", 1e-2)])
+def test_rounded_types_stay_close(
+    name: str, kind: str, bound: float, build: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path
+) -> None:
+    model, tokenizer = build(name, tmp_path / "model")
+    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type=kind, progress=False)
+    assert 1e-12 < divergence(model, runtime(file), tokenizer(texts[0]).input_ids) < bound
+
+
 @pytest.mark.parametrize("name", ["llama, longrope", "phi3, longrope", "llama 3", "qwen2, yarn with its own factor", "gemma2", "gemma3"])
 def test_long_text_is_computed_alike(name: str, build: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path) -> None:
     """Beyond the original length of context, and beyond the sliding window."""
