@@ -41,7 +41,8 @@ def n_bytes(shape: tuple[int, ...], kind: Type) -> int:
 def encode(rows: Rows, kind: Type) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """rows: [n, k] or a vector, float or quantized. The bytes of them in `kind`. Raises ValueError for what does not fit it."""
     values = dequantize_weight(rows) if isinstance(rows, QuantizedWeight) else rows.to(torch.float32)
-    data = gguf.quants.quantize(values.contiguous().numpy(), kind)
+    with np.errstate(over="ignore"):  # said below
+        data = gguf.quants.quantize(values.contiguous().numpy(), kind)
     if kind is Type.F16 and not np.isfinite(data).all():
         raise ValueError(f"a value of {values.abs().max().item():.6g} does not fit float16 (at most 65504): use type BF16 or F32")
     return np.ascontiguousarray(data).view(np.uint8)

@@ -37,6 +37,8 @@ NAMES: dict[tuple[str, ...], dict[bool, str]] = {
     ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"): {False: "deepseek-coder"},
 }
 
+WITHOUT_MARKS = ("tekken", "gpt-4o")  # llama.cpp's versions do not take combining marks for parts of words
+
 
 def find_pre_tokenizer(tokenizer: Tokenizer) -> str:
     """llama.cpp's name for a byte-level `tokenizer`'s way to split. Raises ValueError when it has none."""

@@ -19,7 +19,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from awq_hf.exporters.gguf.pretokenizers import find_pre_tokenizer
+from awq_hf.exporters.gguf.pretokenizers import WITHOUT_MARKS, find_pre_tokenizer
 
 logger = logging.getLogger("awq_hf")
 
@@ -84,6 +84,8 @@ def read_vocabulary(tokenizer: Any, size: int, config: PreTrainedConfig, pre_tok
     kind = _kind_of(content)
     if kind == "gpt2":
         vocabulary = Vocabulary(kind, pre_tokenizer or find_pre_tokenizer(backend), tokens, _types(backend, tokens))
+        if vocabulary.pre_tokenizer in WITHOUT_MARKS:
+            logger.warning("llama.cpp's pre-tokenizer %r cuts at combining marks (Devanagari, Thai, ...)", vocabulary.pre_tokenizer)
         vocabulary.merges = [" ".join(pair) for pair in _pairs(content)]
     else:
         vocabulary = Vocabulary(kind, pre_tokenizer or "default", tokens, _types(backend, tokens, content["model"].get("unk_token")))
@@ -135,8 +137,10 @@ def _type_of(token: str, added: Any, known: bool, unknown: str | None) -> TokenT
         return TokenType.UNUSED
     if token == unknown:
         return TokenType.UNKNOWN
-    if added is not None:
-        return TokenType.CONTROL if added.special or _SPECIAL.fullmatch(token) else TokenType.USER_DEFINED
+    if added is not None and (added.special or _SPECIAL.fullmatch(token)):
+        return TokenType.CONTROL
+    if added is not None and (added.normalized or SPACE not in token):  # others are looked for in text as written, where spaces are spaces
+        return TokenType.USER_DEFINED
     return TokenType.BYTE if unknown is not None and _BYTE.fullmatch(token) else TokenType.NORMAL
 
 
@@ -204,9 +208,14 @@ def _add_special(vocabulary: Vocabulary, tokenizer: Any, config: PreTrainedConfi
             number = stated
         if number is not None and 0 <= number < len(vocabulary.tokens):
             vocabulary.special[name] = number
-    around = tokenizer("a").input_ids
-    vocabulary.flags["add_bos_token"] = bool(around) and around[0] == tokenizer.bos_token_id
-    vocabulary.flags["add_eos_token"] = bool(around) and around[-1] == tokenizer.eos_token_id
+    text, around = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    special = vocabulary.special
+    ends: list[list[list[int]]] = [[[], [special[name]]] if name in special else [[]] for name in ("bos", "eos")]
+    for before, after in itertools.product(*ends):
+        if around == [*before, *text, *after]:
+            vocabulary.flags |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+            return
+    raise ValueError(f"the tokenizer makes {around} of {text}, but llama.cpp puts nothing but one bos and one eos token around a text")
 
 
 def _chat_template(tokenizer: Any) -> Any:

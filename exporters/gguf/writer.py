@@ -137,8 +137,11 @@ class _Layout:
     def __enter__(self) -> _Layout:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: object, *_: object) -> None:
         for file in self.files:
+            if failure is None:
+                file.flush()
+                os.fsync(file.fileno())  # before it gets its name
             file.close()
 
 
