@@ -16,6 +16,7 @@ from awq_hf.spec import QuantizedWeight
 Rows = Tensor | QuantizedWeight
 
 TYPES = ("F32", "F16", "BF16", "Q8_0")
+_FLOATS = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 _FLOAT32_PARTS = {"ffn_gate_inp"}  # matrices that llama.cpp wants in float32: the router decides on small differences
 
 
@@ -40,12 +41,13 @@ def n_bytes(shape: tuple[int, ...], kind: Type) -> int:
 
 def encode(rows: Rows, kind: Type) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """rows: [n, k] or a vector, float or quantized. The bytes of them in `kind`. Raises ValueError for what does not fit it."""
-    values = dequantize_weight(rows) if isinstance(rows, QuantizedWeight) else rows.to(torch.float32)
-    with np.errstate(over="ignore"):  # said below
-        data = gguf.quants.quantize(values.contiguous().numpy(), kind)
-    if kind is Type.F16 and not np.isfinite(data).all():
+    values = dequantize_weight(rows) if isinstance(rows, QuantizedWeight) else rows
+    if kind not in _FLOATS:
+        return gguf.quants.quantize(values.to(torch.float32).contiguous().numpy(), kind)
+    rounded = values.to(_FLOATS[kind]).contiguous()
+    if kind is Type.F16 and not bool(rounded.isfinite().all()):
         raise ValueError(f"a value of {values.abs().max().item():.6g} does not fit float16 (at most 65504): use type BF16 or F32")
-    return np.ascontiguousarray(data).view(np.uint8)
+    return rounded.view(torch.uint8).numpy()
 
 
 def select(value: Rows, rows: Tensor | slice) -> Rows:

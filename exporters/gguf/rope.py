@@ -44,7 +44,7 @@ def add_rope(writer: GGUFWriter, config: PreTrainedConfig, architecture: Archite
     if sliding is not full:
         if sliding.get("rope_type", "default") != "default":
             raise ValueError(f"rope_type of the layers with a sliding window is {sliding['rope_type']!r}, but llama.cpp scales none there")
-        writer.add_rope_freq_base_swa(sliding["rope_theta"])
+        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", sliding["rope_theta"])  # gguf 0.17 has no method for it
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(kind))
         writer.add_rope_scaling_factor(full["factor"])
@@ -71,10 +71,9 @@ def _add_yarn(writer: GGUFWriter, parameters: dict[str, Any], attention: float) 
     usual = 1 + 0.1 * math.log(parameters["factor"])
     if not math.isclose(attention, usual, rel_tol=1e-6):
         writer.add_rope_scaling_attn_factors(attention / usual)
-    if parameters.get("beta_fast"):
-        writer.add_rope_scaling_yarn_beta_fast(parameters["beta_fast"])
-    if parameters.get("beta_slow"):
-        writer.add_rope_scaling_yarn_beta_slow(parameters["beta_slow"])
+    for name in ("beta_fast", "beta_slow"):
+        if parameters.get(name):
+            writer.add_float32(f"{writer.arch}.rope.scaling.yarn_{name}", parameters[name])  # nor for these
 
 
 def _frequencies(config: PreTrainedConfig, kind: str, seq_len: int | None = None) -> tuple[Tensor, float]:

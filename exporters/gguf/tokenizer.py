@@ -189,11 +189,11 @@ def _adds_space(content: dict[str, Any]) -> bool:
         elif step != {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}:
             raise ValueError(f"the tokenizer normalizes text by {json.dumps(step)[:200]}, which llama.cpp does not")
     if pre_tokenizer and pre_tokenizer["type"] == "Metaspace":
-        adds = adds or pre_tokenizer["prepend_scheme"] != "never"
-        if adds:
-            logger.warning(
-                "llama.cpp puts a space before text that begins with one, and before text after a special token; this tokenizer does not"
-            )
+        scheme = pre_tokenizer["prepend_scheme"]
+        adds = adds or scheme != "never"
+        if scheme != "never":
+            also = " and before text after a special token" if scheme == "first" else ""
+            logger.warning("llama.cpp puts a space before text that begins with one%s; this tokenizer does not", also)
         pre_tokenizer = {"type": "Metaspace, which splits at spaces"} if pre_tokenizer.get("split", True) else None
     if pre_tokenizer and pre_tokenizer.get("pattern") != {"String": " "}:  # spaces are replaced before: never found
         raise ValueError(f"the tokenizer splits text by {json.dumps(pre_tokenizer)[:200]}, which llama.cpp does not with this algorithm")

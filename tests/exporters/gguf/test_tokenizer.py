@@ -13,7 +13,7 @@ from gguf import GGUFReader, TokenType
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
 from awq_hf.exporters.gguf import export
@@ -156,9 +156,34 @@ def test_metaspace_is_exported_with_a_word_about_where_llama_cpp_differs(
 
     tokenizer = edited(sentencepiece(), change)
     llama = runtime(write(checkpoint, tokenizer, tmp_path))
-    assert "llama.cpp puts a space before text" in caplog.text
+    assert "a space before text that begins with one and before text after a special token; this" in caplog.text
     plain = [text for text in texts if "<" not in text]
     assert [llama.tokenize(text) for text in plain] == [tokenizer(text).input_ids for text in plain]
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GemmaTokenizer"])
+def test_a_sentencepiece_model_beside_the_weights_is_enough(
+    kind: str, tiny_llama: Any, runtime: Any, texts: list[str], tmp_path: Path
+) -> None:
+    """transformers makes a tokenizer of it; SentencePiece itself is the third that agrees."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece, which transformers reads tokenizer.model with")
+    folder = tmp_path / "model"
+    tiny_llama(vocab_size=ROWS).save_pretrained(folder)
+    options = dict(vocab_size=540, byte_fallback=True, character_coverage=0.98, normalization_rule_name="identity", minloglevel=3)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 3),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        remove_extra_whitespaces=False,
+        **options,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"}))
+    llama = runtime(write(open_checkpoint(folder), None, tmp_path))
+    found = [llama.tokenize(text) for text in texts]
+    assert found == [AutoTokenizer.from_pretrained(folder)(text).input_ids for text in texts]
+    if kind == "LlamaTokenizer":
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        assert found == [pieces.encode(text) for text in texts]
 
 
 def test_whether_merges_are_skipped_matters_only_where_tokens_show_it(byte_level: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_types_of_tensors(folder: Path, tmp_path: Path) -> None:
     assert {found[name] for name in found.keys() - vectors} == {Type.Q8_0}
     assert encode.choose_type("blk.0.ffn_down.weight", (64, 100), Type.Q8_0) is Type.F16
     assert encode.choose_type("blk.0.ffn_gate_inp.weight", (8, 64), Type.Q8_0) is Type.F32
+
+
+@pytest.mark.parametrize("kind", encode.TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_reference(kind: str, dtype: torch.dtype) -> None:
+    rows = (torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 3, 64)[:, None]).to(dtype)
+    expected = gguf.quants.quantize(rows.float().numpy(), Type[kind])
+    assert encode.encode(rows, Type[kind]).tobytes() == expected.tobytes()
+    assert encode.encode(rows, Type[kind]).nbytes == encode.n_bytes((64, 96), Type[kind])
 
 
 @pytest.mark.parametrize("size", [20_000, 100_000])
