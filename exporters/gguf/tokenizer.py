@@ -1,0 +1,225 @@
+"""The vocabulary: tokens with their types and scores, merges, special tokens, chat template, from a transformers tokenizer.
+
+Two kinds exist in llama.cpp. "gpt2" merges bytes by a list of merges, after a pre-tokenizer. "llama" (SentencePiece) merges characters,
+best score of the result first; a list of merges says the same if it has every way to arrive at a token, and all of them in one place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from awq_hf.exporters.gguf.pretokenizers import WITHOUT_MARKS, find_pre_tokenizer
+
+logger = logging.getLogger("awq_hf")
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPECIAL = re.compile(r"<[|｜].*[|｜]>|<unused\d+>|<pad>|<mask>", re.DOTALL)  # control tokens, which some tokenizers do not call special
+_UNUSED_SCORE = -10000.0
+SPACE = "▁"
+
+
+@dataclass
+class Vocabulary:
+    """kind: llama.cpp's name for the algorithm. flags: name without tokenizer.ggml -> value."""
+
+    kind: str
+    pre_tokenizer: str
+    tokens: list[str]
+    types: list[TokenType]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    special: dict[str, int] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    chat_template: Any = None
+
+    def add_to(self, writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model(self.kind)
+        writer.add_tokenizer_pre(self.pre_tokenizer)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        for name, number in self.special.items():
+            getattr(writer, f"add_{name}_token_id")(number)
+        for name, flag in self.flags.items():
+            getattr(writer, f"add_{name}")(flag)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def load_tokenizer(directory: str | os.PathLike[str] | None, label: str) -> Any:
+    """The tokenizer beside a model. Raises ValueError when there is none."""
+    try:
+        if directory is None:
+            raise OSError("the model in memory was loaded from nowhere")
+        return AutoTokenizer.from_pretrained(Path(directory))
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{label} has no tokenizer that can be read ({reason}); a GGUF file holds one: give it as tokenizer") from error
+
+
+def read_vocabulary(tokenizer: Any, size: int, config: PreTrainedConfig, pre_tokenizer: str | None = None) -> Vocabulary:
+    """size: rows of the embedding. pre_tokenizer: llama.cpp's name, where it is not to be found out.
+
+    Raises ValueError for a tokenizer that llama.cpp has no algorithm for, and for one with more tokens than the embedding has rows.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(f"{type(tokenizer).__name__} is not a tokenizer of the tokenizers library; only those can be exported")
+    content = json.loads(backend.to_str())
+    tokens = _tokens(backend, size)
+    kind = _kind_of(content)
+    if kind == "gpt2":
+        vocabulary = Vocabulary(kind, pre_tokenizer or find_pre_tokenizer(backend), tokens, _types(backend, tokens))
+        if vocabulary.pre_tokenizer in WITHOUT_MARKS:
+            logger.warning("llama.cpp's pre-tokenizer %r cuts at combining marks (Devanagari, Thai, ...)", vocabulary.pre_tokenizer)
+        vocabulary.merges = [" ".join(pair) for pair in _pairs(content)]
+    else:
+        vocabulary = Vocabulary(kind, pre_tokenizer or "default", tokens, _types(backend, tokens, content["model"].get("unk_token")))
+        vocabulary.scores = _scores(content, tokens, vocabulary.types)
+        vocabulary.flags["add_space_prefix"] = _adds_space(content)
+        vocabulary.tokens = [  # llama.cpp finds these in the text as it was written
+            token.replace(SPACE, " ") if kind is TokenType.USER_DEFINED else token
+            for token, kind in zip(tokens, vocabulary.types, strict=True)
+        ]
+    _add_special(vocabulary, tokenizer, config)
+    vocabulary.chat_template = _chat_template(tokenizer)
+    return vocabulary
+
+
+def _tokens(backend: Tokenizer, size: int) -> list[str]:
+    found = backend.get_vocab(with_added_tokens=True)
+    numbers = {number: token for token, number in found.items()}
+    if numbers and max(numbers) >= size:
+        raise ValueError(
+            f"the tokenizer has {max(numbers) + 1} tokens, the embedding {size} rows: {numbers[max(numbers)]!r} has no embedding; "
+            "give the tokenizer that the model was trained with"
+        )
+    return [numbers.get(number, f"[PAD{number}]") for number in range(size)]
+
+
+def _kind_of(content: dict[str, Any]) -> str:
+    model = content["model"]
+    if model["type"] != "BPE" or model.get("dropout"):
+        raise ValueError(f"tokenizers of type {model['type']} are not exported to GGUF; BPE is, byte-level or with byte fallback")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ValueError("the tokenizer marks the parts of words (continuing_subword_prefix, end_of_word_suffix), which llama.cpp does not")
+    if '"ByteLevel"' in json.dumps(content["pre_tokenizer"]):
+        if (normalizer := content["normalizer"]) and normalizer["type"] != "NFC":
+            raise ValueError(f"the tokenizer normalizes text ({normalizer['type']}), which llama.cpp does not with this algorithm")
+        return "gpt2"
+    if model.get("byte_fallback"):
+        return "llama"
+    raise ValueError("the tokenizer is neither byte-level nor has it byte_fallback: llama.cpp has no such algorithm")
+
+
+def _types(backend: Tokenizer, tokens: list[str], unknown: str | None = None) -> list[TokenType]:
+    added = backend.get_added_tokens_decoder()
+    known = backend.get_vocab(with_added_tokens=True)
+    return [_type_of(token, added.get(number), token in known, unknown) for number, token in enumerate(tokens)]
+
+
+def _type_of(token: str, added: Any, known: bool, unknown: str | None) -> TokenType:
+    if not known:
+        return TokenType.UNUSED
+    if token == unknown:
+        return TokenType.UNKNOWN
+    if added is not None and (added.special or _SPECIAL.fullmatch(token)):
+        return TokenType.CONTROL
+    if added is not None and (added.normalized or SPACE not in token):  # others are looked for in text as written, where spaces are spaces
+        return TokenType.USER_DEFINED
+    return TokenType.BYTE if unknown is not None and _BYTE.fullmatch(token) else TokenType.NORMAL
+
+
+def _pairs(content: dict[str, Any]) -> list[tuple[str, str]]:
+    merges = content["model"]["merges"]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges)
+    return [(left, right) for left, right in pairs]
+
+
+def _scores(content: dict[str, Any], tokens: list[str], types: list[TokenType]) -> list[float]:
+    """Minus the rank of the first merge that makes a token. Raises ValueError where scores cannot say what the merges say."""
+    if missing := [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in content["model"]["vocab"]]:
+        raise ValueError(f"the tokenizer has byte_fallback, but no token {missing[0]}, which llama.cpp needs")
+    ranks: dict[str, list[int]] = {}
+    pairs = _pairs(content)
+    for rank, (left, right) in enumerate(pairs):
+        ranks.setdefault(left + right, []).append(rank)
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind is TokenType.NORMAL}
+    merges = set(pairs)
+    for token in normal:
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            if pair[0] in normal and pair[1] in normal and pair not in merges:
+                raise ValueError(
+                    f"the tokenizer does not merge {pair[0]!r} and {pair[1]!r} to {token!r}, but llama.cpp's SentencePiece "
+                    "algorithm would: its tokens would differ"
+                )
+    ends = sorted((found[0], found[-1], token) for token, found in ranks.items())
+    for (_, last, token), (first, _, other) in itertools.pairwise(ends):
+        if first < last:
+            raise ValueError(f"the merges for {token!r} and {other!r} are mixed, which scores of tokens cannot say: llama.cpp would differ")
+    usual = {TokenType.NORMAL: 0.0, TokenType.BYTE: 0.0, TokenType.UNKNOWN: 0.0}
+    return [
+        -float(ranks[token][0]) if token in ranks else usual.get(kind, _UNUSED_SCORE) for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _adds_space(content: dict[str, Any]) -> bool:
+    """Whether a space is put before the text. Raises ValueError for a normalizer or pre-tokenizer that does anything else."""
+    normalizer, pre_tokenizer = content["normalizer"], content["pre_tokenizer"]
+    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer] if normalizer else []
+    adds = False
+    for step in steps:
+        if step == {"type": "Prepend", "prepend": SPACE}:
+            adds = True
+        elif step != {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}:
+            raise ValueError(f"the tokenizer normalizes text by {json.dumps(step)[:200]}, which llama.cpp does not")
+    if pre_tokenizer and pre_tokenizer["type"] == "Metaspace":
+        scheme = pre_tokenizer["prepend_scheme"]
+        adds = adds or scheme != "never"
+        if scheme != "never":
+            also = " and before text after a special token" if scheme == "first" else ""
+            logger.warning("llama.cpp puts a space before text that begins with one%s; this tokenizer does not", also)
+        pre_tokenizer = {"type": "Metaspace, which splits at spaces"} if pre_tokenizer.get("split", True) else None
+    if pre_tokenizer and pre_tokenizer.get("pattern") != {"String": " "}:  # spaces are replaced before: never found
+        raise ValueError(f"the tokenizer splits text by {json.dumps(pre_tokenizer)[:200]}, which llama.cpp does not with this algorithm")
+    return adds
+
+
+def _add_special(vocabulary: Vocabulary, tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Special tokens by their role, and whether they are put around a text."""
+    for name in ("bos", "eos", "unk", "sep", "pad", "mask"):
+        number = getattr(tokenizer, f"{name}_token_id", None)
+        if number is None and isinstance(stated := getattr(config, f"{name}_token_id", None), int):
+            number = stated
+        if number is not None and 0 <= number < len(vocabulary.tokens):
+            vocabulary.special[name] = number
+    text, around = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    special = vocabulary.special
+    ends: list[list[list[int]]] = [[[], [special[name]]] if name in special else [[]] for name in ("bos", "eos")]
+    for before, after in itertools.product(*ends):
+        if around == [*before, *text, *after]:
+            vocabulary.flags |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+            return
+    raise ValueError(f"the tokenizer makes {around} of {text}, but llama.cpp puts nothing but one bos and one eos token around a text")
+
+
+def _chat_template(tokenizer: Any) -> Any:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return template

@@ -1,0 +1,187 @@
+"""From a checkpoint to GGUF files, one tensor in memory at a time; they are there whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFWriter, Metadata
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from awq_hf.exporters.gguf.architectures import find_architecture
+from awq_hf.exporters.gguf.encode import Rows, choose_type, encode, n_bytes, n_rows, rotary_order, select, type_of
+from awq_hf.exporters.gguf.names import Place, add_shape, make_plan, origin
+from awq_hf.exporters.gguf.rope import add_rope
+from awq_hf.exporters.gguf.tokenizer import load_tokenizer, read_vocabulary
+
+if TYPE_CHECKING:
+    from awq_hf.exporters.checkpoint import Checkpoint
+
+logger = logging.getLogger("awq_hf")
+
+_CHUNK = 2**24  # values that are encoded at once: 64 MiB as float32
+
+
+def export(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    type: str = "F16",
+    tokenizer: Any = None,
+    pre_tokenizer: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Write `checkpoint` as a GGUF file and return its path; with shard_size, in bytes, the paths of its parts.
+
+    path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf. type: of the
+    matrices; vectors are float32. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it,
+    where it cannot be found out. metadata: general.* by name (name, version, license, quantized_by, ...), beyond what the model card says.
+    Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
+    tensors that turn out to hold something unfit are found before anything is written.
+    """
+    config, wanted = checkpoint.config, type_of(type)
+    architecture = find_architecture(config)
+    plan = make_plan(((entry[0], entry[1]) for entry in checkpoint.names()), config, architecture)
+    vocabulary = read_vocabulary(
+        tokenizer or load_tokenizer(checkpoint.directory, checkpoint.label), plan.shapes["token_embd.weight"][0], config, pre_tokenizer
+    )
+    writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch], split_max_size=shard_size or 0)
+    extra = add_rope(writer, config, architecture)
+    add_shape(writer, config, architecture)
+    vocabulary.add_to(writer)
+    types = {name: choose_type(name, shape, wanted) for name, shape in plan.shapes.items()}
+    for name, tensor in extra.items():
+        _declare(writer, name, tuple(tensor.shape), Type.F32)
+    for name, shape in plan.shapes.items():
+        _declare(writer, name, shape, types[name])
+    about = _describe(writer, checkpoint, wanted, metadata or {})
+    target = _target(Path(path), about, type)
+    with _new_files(writer, target, overwrite) as (files, temporary):
+        layout = _Layout(writer, temporary)
+        with layout, _bar(layout.total, progress) as advance:
+            for name, tensor in extra.items():
+                layout.write(name, 0, encode(tensor, Type.F32), advance)
+            for name, value in checkpoint.items():
+                if name in plan.places:
+                    place = plan.places[name]
+                    try:
+                        _write_tensor(layout, place, value, plan.shapes[place.target], types[place.target], advance)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from error
+    return files
+
+
+def _declare(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Type) -> None:
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes(shape, kind), raw_dtype=kind)
+
+
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint, wanted: Type, given: Mapping[str, str]) -> Metadata:
+    """Write general.*, and return it."""
+    total, shared, expert, experts = writer.get_total_parameter_count()
+    about = origin(checkpoint.directory, checkpoint.label, total, given)
+    about.size_label = about.size_label or gguf.size_label(total, shared, expert, experts)
+    writer.add_type(gguf.GGUFType.MODEL)
+    about.set_gguf_meta_model(writer)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted is Type.F32 else f"MOSTLY_{wanted.name}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return about
+
+
+def _target(path: Path, about: Metadata, encoding: str) -> Path:
+    if path.suffix == ".gguf":
+        return path
+    name = gguf.naming_convention(about.name, about.basename, about.finetune, about.version, about.size_label, encoding)
+    return path / f"{name}.gguf"
+
+
+class _Layout:
+    """Open files of which everything but the tensors is written, and where each tensor goes."""
+
+    def __init__(self, writer: GGUFWriter, target: Path) -> None:
+        sizes = [{name: info.nbytes for name, info in part.items()} for part in writer.tensors]
+        writer.write_header_to_file(target)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        self.files = writer.fout
+        self.places: dict[str, tuple[int, int]] = {}  # number of the file, offset in it
+        for number, (file, part) in enumerate(zip(self.files, sizes, strict=True)):
+            end = file.tell()
+            for name, size in part.items():
+                start = GGUFWriter.ggml_pad(end, writer.data_alignment)
+                self.places[name] = number, start
+                end = start + size
+            file.truncate(GGUFWriter.ggml_pad(end, writer.data_alignment))
+        self.total = sum(size for part in sizes for size in part.values())
+
+    def write(self, name: str, offset: int, data: np.ndarray[Any, Any], advance: Any) -> None:
+        number, start = self.places[name]
+        self.files[number].seek(start + offset)
+        self.files[number].write(data.data)
+        advance(data.nbytes)
+
+    def __enter__(self) -> _Layout:
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        for file in self.files:
+            if failure is None:
+                file.flush()
+                os.fsync(file.fileno())  # before it gets its name
+            file.close()
+
+
+def _write_tensor(layout: _Layout, place: Place, value: Rows, shape: tuple[int, ...], kind: Type, advance: Any) -> None:
+    if place.heads:
+        value = select(value, rotary_order(n_rows(value), place.heads))
+    if place.offset:
+        assert isinstance(value, Tensor)
+        value = value.float() + place.offset
+    width = shape[-1]
+    start = (place.expert or 0) * n_bytes(shape[1:], kind)
+    step = max(1, _CHUNK // width) if len(shape) > 1 else n_rows(value)
+    for first in range(0, n_rows(value), step):
+        data = encode(select(value, slice(first, first + step)), kind)
+        layout.write(place.target, start, data, advance)
+        start += data.nbytes
+
+
+@contextmanager
+def _new_files(writer: GGUFWriter, target: Path, overwrite: bool) -> Iterator[tuple[list[Path], Path]]:
+    """The names to write, and one under which to write them first; renamed when all went well, removed when not."""
+    files = writer.format_shard_names(target)
+    if not overwrite and (found := [file for file in files if file.exists()]):
+        raise FileExistsError(f"{found[0]} exists; choose another name, or say overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(info.nbytes for part in writer.tensors for info in part.values()), shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise OSError(f"{target.parent} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB")
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.stem}.", dir=target.parent))
+    try:
+        yield files, partial / target.name
+        for file in files:
+            (partial / file.name).replace(file)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Any]:
+    columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("writing GGUF", total=total)
+        yield lambda size: bar.advance(task, size)
