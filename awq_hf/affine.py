@@ -7,6 +7,7 @@ chosen; (q - z) * s is then exact in float32 (8 + 11 bits), so every reader that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +18,24 @@ MIN_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros or denor
 MAX_SCALE = 65504.0  # the largest float16
 
 
+class Codes(Protocol):
+    """What rounding has to know of how codes are stored: they run from 0 to max_code."""
+
+    @property
+    def max_code(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Grid:
     """Scales and zero points of a weight whose integers are not chosen yet.
 
-    scales: float32 [out, groups], every value representable in float16; zero_points: float32 [out, groups], integers.
+    scales: float32 [out, groups], every value representable in float16; zero_points: float32 [out, groups], integers where
+    spec is a QuantSpec.
     """
 
     scales: Tensor
     zero_points: Tensor
-    spec: QuantSpec
+    spec: Codes
 
     def expand(self, in_features: int) -> tuple[Tensor, Tensor]:
         """Scales and zero points for every weight, float32 [out, in]."""
@@ -92,6 +101,7 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
 
 def to_quantized_weight(codes: Tensor, grid: Grid) -> QuantizedWeight:
     """Freeze codes and grid in their stored dtypes. Nothing is rounded here: scales are representable by construction."""
+    assert isinstance(grid.spec, QuantSpec)
     return QuantizedWeight(
         q=codes.to(torch.uint8),
         scales=grid.scales.to(torch.float16),

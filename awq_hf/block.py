@@ -25,7 +25,7 @@ from awq_hf.parallel import in_parallel
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.spec import QuantizedWeight, QuantSpec
-from awq_hf.transforms.awq_scale import Loss, ScaleChoice, nearest, search_scales
+from awq_hf.transforms.awq_scale import Consumer, Loss, ScaleChoice, nearest, search_scales
 
 SAME = 0.02  # relative difference that the order of sums can make in bfloat16 within a block; a wrong code costs far more
 
@@ -117,20 +117,26 @@ class BlockWork:
         """Search the scales of every fold, and divide the norms by them. Linears take their share when they are rounded."""
         for fold in self.folds:
             producer = self.block.get_submodule(fold.producer)
-            consumers = [(self.linears[n].weight.data.to(torch.float32), nearest(self.specs[n])) for n in fold.consumers if n in self.specs]
-            if not consumers:
+            names = [name for name in fold.consumers if name in self.specs]
+            if not names:
                 continue
+            consumers = [(self.linears[name].weight.data.to(torch.float32), nearest(self.specs[name])) for name in names]
             channels = len(weight_of(producer))
             assert self.recipe.scale is not None
             with self.report.timed("scale search"):
                 energies, loss_of = self._energies(self._leader(fold.consumers[0])), self._scale_loss(fold)
-                choice = search_scales(consumers, fold.channel_map, channels, *energies, self.recipe.scale, loss_of)
+                judges = self._judges(names)
+                choice = search_scales(consumers, fold.channel_map, channels, *energies, self.recipe.scale, loss_of, judges)
             self.choices.update(dict.fromkeys(fold.consumers, choice))
             if choice.alpha > 0:
                 self._absorb(fold, producer, choice.scales)
 
     def _scale_loss(self, _fold: FoldPoint) -> Loss | None:
         """The loss of smoothing scales, where it is not the second-moment loss (an experiment overrides this)."""
+        return None
+
+    def _judges(self, _names: list[str]) -> list[Consumer] | None:
+        """Where specs only resemble how Linears are stored: (some of their rows, their real rounding)."""
         return None
 
     def _absorb(self, fold: FoldPoint, producer: nn.Module, scales: Tensor) -> None:

@@ -76,9 +76,11 @@ def best_of(
     loss = float(errors.sum())
     if loss <= plain:
         return found, errors
-    grids = [choose_grid(weight, found.grid.spec)]
+    spec = found.grid.spec
+    assert isinstance(spec, QuantSpec)
+    grids = [choose_grid(weight, spec)]
     if recipe.clip is not None:
-        grids.append(search_clip(weight, H, found.grid.spec, recipe.clip))
+        grids.append(search_clip(weight, H, spec, recipe.clip))
     codes, grid = found.codes, found.grid
     for simpler_grid in grids:
         simpler, _ = ROUNDERS["nearest"](weight, simpler_grid, H)

@@ -26,6 +26,7 @@ PROBE_TOKENS = 96  # of the first window: enough for every ReLU channel of a sma
 LARGE = 1 << 22  # weights of a block; what a smaller one leaves behind costs more time to be given back than it is worth
 
 Progress = Callable[..., Any]  # tqdm or a look-alike
+MakeWork = Callable[..., BlockWork]  # takes BlockWork's arguments
 
 
 def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress: Progress | None = None) -> Report:
@@ -36,6 +37,13 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     """
     plan = make_plan(model, recipe)
     check_weights(model, plan)
+    return run(model, recipe, plan, windows, progress)
+
+
+def run(
+    model: nn.Module, recipe: Recipe, plan: Plan, windows: Windows, progress: Progress | None, make_work: MakeWork = BlockWork
+) -> Report:
+    """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block."""
     began, cpu_began = time.perf_counter(), time.process_time()
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
     report.left_in_float.update(plan.left_in_float)
@@ -44,14 +52,16 @@ def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress:
     model.eval()
     try:
         with one_thread_each():
-            _quantize_blocks(model, recipe, plan, windows, report, progress)
+            _run_blocks(model, recipe, plan, windows, report, progress, make_work)
     finally:
         model.train(was_training)
     _close(report, began, cpu_began, model)
     return report
 
 
-def _quantize_blocks(model: nn.Module, recipe: Recipe, plan: Plan, windows: Windows, report: Report, progress: Progress | None) -> None:
+def _run_blocks(
+    model: nn.Module, recipe: Recipe, plan: Plan, windows: Windows, report: Report, progress: Progress | None, make_work: MakeWork
+) -> None:
     prefix, blocks = find_blocks(model)
     batches = windows.batches(recipe.batch_size)
     probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
@@ -61,7 +71,7 @@ def _quantize_blocks(model: nn.Module, recipe: Recipe, plan: Plan, windows: Wind
     known_folds: dict[Any, Any] = {}
     bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
     for index in bar:
-        work = BlockWork(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report)
+        work = make_work(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report)
         with report.timed("fold discovery"):
             probe_calls = probe_stream.calls(index)
             work.discover_folds(probe_calls[0], known_folds)

@@ -82,3 +82,12 @@ class QuantizedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.q.shape[0], self.q.shape[1]
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A weight in the blocks of a GGUF file. data: uint8 [out, bytes of a row]; kind: the type's name; shape: (out, in)."""
+
+    data: Tensor
+    kind: str
+    shape: tuple[int, int]

@@ -38,6 +38,7 @@ ALLOWED = {
     "layer": "spec affine calibration transforms rounding recipe",
     "block": "spec affine parallel matrices layer linear blocks calibration folding transforms recipe report",
     "pipeline": "spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report block",
+    "encoding": "spec affine matrices blocks calibration exporters pipeline preflight block recipe report rounding transforms",
     "compat": "",
     "evaluate": "calibration",
     "evaluation_table": "",

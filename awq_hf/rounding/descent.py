@@ -34,8 +34,19 @@ def round_by_descent(weight: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS
     return codes, Grid(scales, grid.zero_points, grid.spec)
 
 
-def _descend(weight: Tensor, codes: Tensor, grid: Grid, prepared: Prepared, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Codes [out, in] and scales [out, groups] after at most `sweeps` passes over all columns."""
+def codes_by_descent(weight: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS) -> Tensor:  # noqa: N803
+    """The same on a grid that stays as it is: codes float32 [out, in]."""
+    prepared = Prepared.of(H)
+
+    def piece(rows: slice) -> Tensor:
+        codes = round_rows(weight[rows], grid.rows(rows), prepared)
+        return _descend(weight[rows], codes, grid.rows(rows), prepared, sweeps, refit=False)[0]
+
+    return by_rows(piece, weight)
+
+
+def _descend(weight: Tensor, codes: Tensor, grid: Grid, prepared: Prepared, sweeps: int, refit: bool = True) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] and scales [out, groups] after at most `sweeps` passes over all columns. refit: move scales as well."""
     H = prepared.H  # noqa: N806
     D = (dequantize(codes, grid) - weight).T.contiguous()  # noqa: N806  [in, out]: w' - w
     Q, scales, zero_points = codes.T.contiguous(), grid.scales.T.clone(), grid.zero_points.T.contiguous()  # noqa: N806
@@ -47,7 +58,8 @@ def _descend(weight: Tensor, codes: Tensor, grid: Grid, prepared: Prepared, swee
             inner = H[group, group] + torch.diag(prepared.damp[group])  # [width, width]
             # [width, out]: only the group's own part of R is needed while it is worked on
             R = (H[group] @ D).addcmul_(prepared.damp[group, None], D[group])  # noqa: N806
-            _refit_scale(Q[group], scales[g], zero_points[g], inner, R, D[group])
+            if refit:
+                _refit_scale(Q[group], scales[g], zero_points[g], inner, R, D[group])
             for start in range(0, width, BLOCK):
                 block = slice(start, min(start + BLOCK, width))
                 _move_codes(Q[group][block], scales[g], inner[block], R, D[group][block], block, grid.spec.max_code)
