@@ -1,0 +1,109 @@
+"""How fast 4-bit weights multiply on this CPU: the kernels' paths against float Linears of the same shape, in one interleaved run.
+
+python -m benchmarks.cpu                  what torch has
+AWQ_HF_NATIVE=1 python -m benchmarks.cpu  also the kernel in C++
+
+Columns are milliseconds (median), but the last: how much slower the path is than the best of its parts, each of which `cpu` and
+`native` choose from by the number of tokens. Weights are rotated through more memory than caches hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awq_hf.kernels import cpu, kernel_layout, native, tuning
+from benchmarks.common import publish, quiet
+
+SHAPES = ((4096, 4096), (2048, 8192))  # out_features, in_features
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+GROUP = 128
+COPIES = 4  # of every weight
+Call = Callable[[Tensor, int], Tensor]  # activations, which copy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    quiet()
+    torch.set_num_threads(options.threads)
+    with torch.inference_mode():
+        rows = [row for shape in SHAPES for dtype in cpu.CROSSOVER for row in _rows(*shape, dtype, options.repeats)]
+    publish("cpu", f"milliseconds of y = x W^T, 4 bits in groups of {GROUP}, {options.threads} threads", rows)
+
+
+def _rows(n: int, k: int, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    calls = _calls(n, k, dtype)
+    return [_row(n, k, m, dtype, calls, repeats) for m in TOKENS]
+
+
+def _calls(n: int, k: int, dtype: torch.dtype) -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(0)
+    codes = lambda columns: torch.randint(0, 16, (n, columns), generator=generator, dtype=torch.uint8)  # noqa: E731
+    weights = [(codes(k), (torch.rand(n, k // GROUP, generator=generator) + 0.1).half() / 64, codes(k // GROUP)) for _ in range(COPIES)]
+    dense = [torch.randn(n, k, generator=generator).to(dtype) for _ in weights]
+    calls: dict[str, Call] = {f"Linear {_name(dtype)}": lambda x, i: torch.nn.functional.linear(x, dense[i])}
+    for module, pack in ((cpu, cpu.pack), (native, kernel_layout.to_kernel)):
+        problem = tuning.Problem(m=1, n=n, k=k, groups=k // GROUP, dtype=dtype, device="cpu")
+        if reason := module.supports(problem):
+            print(f"{module.__name__}: {reason}")
+            continue
+        packed = [pack(*weight) for weight in weights]
+        name = module.__name__.rsplit(".", 1)[-1]
+        calls[name] = _call(module, packed, None)
+        calls[f"{name}: kernel"] = _call(module, packed, max(TOKENS))
+        calls[f"{name}: matmul"] = _call(module, packed, 0)
+    return calls
+
+
+def _call(module: Any, packed: list[Any], crossover: int | None) -> Call:
+    """crossover: tokens up to which the kernel is used, or None for the module's own."""
+
+    def call(x: Tensor, i: int) -> Tensor:
+        own = module.CROSSOVER
+        module.CROSSOVER = own if crossover is None else dict.fromkeys(own, crossover)
+        try:
+            return module.linear(x, *packed[i])
+        finally:
+            module.CROSSOVER = own
+
+    return call
+
+
+def _row(n: int, k: int, m: int, dtype: torch.dtype, calls: dict[str, Call], repeats: int) -> dict[str, Any]:
+    x = torch.randn(m, k).to(dtype)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(x, repeat % COPIES)
+            times[name].append(1000 * (time.perf_counter() - start))
+    medians = {name: statistics.median(values[1:] or values) for name, values in times.items()}
+    return {"out x in": f"{n} x {k}", "dtype": _name(dtype), "tokens": m, **_summary(medians)}
+
+
+def _summary(medians: dict[str, float]) -> dict[str, Any]:
+    (linear, of_linear), *_ = medians.items()
+    row: dict[str, Any] = {"Linear": of_linear}
+    for name in ("cpu", "native"):
+        if name in medians:
+            parts = [medians[f"{name}: {part}"] for part in ("kernel", "matmul")]
+            row |= {f"{name}: kernel": parts[0], f"{name}: matmul": parts[1], name: medians[name]}
+            row |= {f"Linear / {name}": of_linear / medians[name], f"{name} / best part": medians[name] / min(parts)}
+    return row
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""y = x W^T on x86 with AVX-512, in C++ (native.cpp): faster than `cpu`, and exact where that is not.
+
+Built only on request, by AWQ_HF_NATIVE=1: compiling takes 10 to 30 seconds, which nobody should meet unasked. torch.utils.cpp_extension
+compiles, so a C++ compiler and ninja are needed; the library then stays in torch's folder of extensions, named by all it was made
+from. Where it is not asked for or cannot be had, `cpu` does the same with what torch has.
+
+Weights are those of `reference.linear` bit for bit: (q - z) s in float32, rounded once to bfloat16 for bfloat16 activations. Sums are
+float32. float16 activations compute in float32, which is more than the reference does. The layout is `KernelWeight`, as on a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .kernel_layout import unsupported_groups
+from .tuning import Problem
+
+VARIABLE = "AWQ_HF_NATIVE"
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma")  # never -march=native: the library may lie on a shared disk
+CHUNK = 1 << 20  # weights dequantized at a time: 2 or 4 MB, about the caches
+# Tokens up to which the kernel is used, and above which dequantizing and torch's matmul are faster; 4096 x 4096, AVX-512 with bfloat16.
+CROSSOVER = {torch.bfloat16: 32, torch.float32: 24, torch.float16: 24}
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def missing() -> str | None:
+    """Why there is no kernel in this process, or None when it is loaded. The first call builds it if it was asked for and is not there."""
+    if os.environ.get(VARIABLE, "0") in ("", "0"):
+        return f"the kernel is compiled on request only: set {VARIABLE}=1"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "the kernel needs a CPU with AVX-512"
+    try:
+        library = _library()
+        if library.exists():
+            torch.ops.load_library(str(library))
+        else:
+            _build(library)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = f"the kernel could not be built: {error}"
+        logger.warning("%s\ntorch's own kernels are used, which are slower", reason)
+        return reason
+    return None
+
+
+def _flags() -> list[str]:
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return [*FLAGS, *(["-mavx512bf16"] if has_bf16 else [])]
+
+
+def _library() -> Path:
+    """Where the library of this source, these flags and this torch is or will be."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    made_from = SOURCE.read_text(encoding="utf-8"), *_flags(), torch.__version__, torch.version.git_version
+    digest = hashlib.sha256("\0".join(map(str, made_from)).encode()).hexdigest()[:16]
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "awq_hf" / f"native-{digest}.so"
+
+
+def _build(library: Path) -> None:
+    """Compile in a folder of this process's own and move the result into place whole: no lock that a killed process would leave behind."""
+    from torch.utils.cpp_extension import load
+
+    logger.warning("Compiling the CPU kernel, once: 10 to 30 seconds.")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        load("awq_hf_native", str(SOURCE), extra_cflags=_flags(), build_directory=folder, is_python_module=False)
+        shutil.move(Path(folder) / "awq_hf_native.so", library)
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this kernel cannot do `problem`, or None."""
+    p = problem
+    if p.device != "cpu":
+        return f"the kernel runs on a CPU, not on {p.device}"
+    if p.bits != 4:
+        return f"the kernel reads 4 bits, not {p.bits}"
+    if p.dtype not in CROSSOVER:
+        return f"the kernel takes float32, bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
+    return unsupported_groups(p.k, p.groups) or missing()
+
+
+def linear(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias for a problem that `supports` accepts.
+
+    x: [tokens, in], float32, bfloat16 or float16; words, scales (float16), zeros: as in `KernelWeight`; bias: [out], any float dtype.
+    Returns [tokens, out] in x's dtype. The same bits every run; up to CROSSOVER tokens also whatever the number of threads and tokens.
+    """
+    if x.shape[0] <= CROSSOVER[x.dtype]:
+        y: Tensor = torch.ops.awq_hf_native.linear(x.contiguous(), words, scales, zeros, None if bias is None else bias.float())
+        return y
+    (rows, columns), padded = (words.shape[0], x.shape[1]), words.shape[1] * 8
+    operand = x.float() if x.dtype == torch.float16 else x  # CPUs have no float16 matmul worth the name
+    y = x.new_empty(x.shape[0], rows)
+    step = max(1, CHUNK // padded)
+    memory = torch.empty(min(step, rows), padded, dtype=operand.dtype)
+    for start in range(0, rows, step):
+        weight = memory[: rows - start]
+        torch.ops.awq_hf_native.dequantize(words, scales, zeros, start, weight)
+        y[:, start : start + step] = torch.nn.functional.linear(operand, weight[:, :columns])
+    return y if bias is None else y.add_(bias)
