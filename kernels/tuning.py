@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import jit
-from .kernel_layout import BLOCK, unsupported_groups
+from .kernel_layout import BLOCK, unsupported as unsupported_layout
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,13 @@ def unsupported(problem: Problem) -> str | None:
         return jit.MISSING
     if p.device != "cuda" and not jit.INTERPRETED:
         return f"the kernel runs on a GPU, not on {p.device}"
-    if p.bits != 4:
-        return f"the kernel reads 4 bits, not {p.bits}"
     if p.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}: cast the activations"
     if p.n % 8:
         return f"the kernel takes out_features in multiples of 8, not {p.n}"
-    if max(p.n * p.k // 8, p.m * p.k, p.m * p.n) >= 2**31:
+    if max(p.n * p.k * p.bits // 32, p.m * p.k, p.m * p.n) >= 2**31:
         return f"{p.m} x {p.n} x {p.k} does not fit the kernel's 32-bit offsets: pass fewer tokens at a time"
-    return unsupported_groups(p.k, p.groups)
+    return unsupported_layout(p.k, p.groups, p.bits)
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,16 @@ def compiled(
     return Compiled(usage["REG"], usage["STACK"], binary.metadata.shared, operations)
 
 
-def compile_gemv(sm: int, dtype: torch.dtype, group: int, config: tuning.GemvConfig) -> Compiled:
+def compile_gemv(sm: int, dtype: torch.dtype, group: int, config: tuning.GemvConfig, bits: int = 4) -> Compiled:
     x = f"*{NAMES[dtype]}"
-    constants = gemv.constants(group, True, config)
+    constants = gemv.constants(bits, group, True, config)
     types = (x, "*i32", "*fp16", "*u8", x, x, *["i32"] * 4)
     return compiled(gemv.gemv_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
 
 
-def compile_gemm(sm: int, dtype: torch.dtype, group: int, config: tuning.GemmConfig, split: bool = False) -> Compiled:
+def compile_gemm(sm: int, dtype: torch.dtype, group: int, config: tuning.GemmConfig, bits: int = 4, split: bool = False) -> Compiled:
     x = f"*{NAMES[dtype]}"
-    constants = gemm.constants(group, not split, dtype, config)
+    constants = gemm.constants(bits, group, not split, dtype, config)
     types = (x, "*i32", "*fp16", "*u8", x, "*fp32" if split else x, *["i32"] * 6)
     return compiled(gemm.gemm_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
 
@@ -95,10 +95,10 @@ def test_gemv(sm: int, dtype: torch.dtype, config: tuning.GemvConfig) -> None:
     assert code.count("I2F") <= 2 * config.rows, "codes are converted to floats one by one"
 
 
-@pytest.mark.parametrize("group", [32, 64, 0])
-def test_gemv_of_other_groups(group: int) -> None:
+@pytest.mark.parametrize("group, bits", [(32, 4), (0, 4), (32, 8), (128, 8)])
+def test_gemv_of_other_groups_and_bits(group: int, bits: int) -> None:
     config = tuning.gemv_config(4096, 4096)
-    code = compile_gemv(90, torch.float16, group, config)
+    code = compile_gemv(90, torch.float16, group, config, bits)
     check_resources(code, 90, config.warps, 16 // config.warps)
     assert code.count(r"LDG\.E(\.EF)?(\.\w+)*\.128") >= config.rows
 
@@ -136,6 +136,15 @@ def test_gemm_of_other_groups(group: int) -> None:
     check_tensor_core(code, 90, config)
 
 
+@pytest.mark.parametrize("tokens", [8, 512])
+@pytest.mark.parametrize("sm, dtype", [(80, torch.bfloat16), (90, torch.float16), (90, torch.bfloat16), (100, torch.bfloat16)])
+def test_gemm_of_8_bits(sm: int, dtype: torch.dtype, tokens: int) -> None:
+    config = tuning.gemm_config(tokens)
+    code = compile_gemm(sm, dtype, 128, config, bits=8, split=config.bm < 64)
+    check_resources(code, sm, config.warps, 1)
+    check_tensor_core(code, sm, config)
+
+
 def test_reduce() -> None:
     constants = {"HAS_BIAS": True, "SIZE": reduce.SIZE}
     code = compiled(
@@ -147,9 +156,12 @@ def test_reduce() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_magic_numbers_are_exact(dtype: torch.dtype) -> None:
-    codes = torch.arange(16, dtype=torch.int16)
-    floats = (codes | gemm.MAGIC[jit.operand_dtype(dtype)]).view(dtype)
-    assert torch.equal((floats[:, None] - floats[None]).int(), (codes[:, None] - codes[None]).int())
+    for bits in (4, 8):
+        constants = gemm.constants(bits, 128, False, dtype, tuning.gemm_config(1))
+        carrier = getattr(torch, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[str(constants["CARRIER"])])
+        codes = torch.arange(2**bits, dtype=torch.int32 if carrier == torch.float32 else torch.int16)
+        floats = (codes | constants["MAGIC"]).view(carrier)
+        assert torch.equal((floats[:, None] - floats[None]).to(dtype).int(), (codes[:, None] - codes[None]).int())
 
 
 def test_this_is_the_compiler() -> None:
