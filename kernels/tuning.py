@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from . import jit
-from .kernel_layout import BLOCK, unsupported as unsupported_layout
+from . import jit, kernel_layout
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def unsupported(problem: Problem) -> str | None:
         return f"the kernel takes out_features in multiples of 8, not {p.n}"
     if max(p.n * p.k * p.bits // 32, p.m * p.k, p.m * p.n) >= 2**31:
         return f"{p.m} x {p.n} x {p.k} does not fit the kernel's 32-bit offsets: pass fewer tokens at a time"
-    return unsupported_layout(p.k, p.groups, p.bits)
+    return kernel_layout.unsupported(p.k, p.groups, p.bits)
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,6 @@ def gemm_config(m: int) -> GemmConfig:
 def splits(m: int, n: int, k: int, config: GemmConfig) -> int:
     """Parts that K is cut into: a power of two, so that few kernels are compiled; none is empty."""
     tiles = math.ceil(m / config.bm) * math.ceil(n / config.bn)
-    blocks = math.ceil(k / BLOCK)
+    blocks = math.ceil(k / kernel_layout.BLOCK)
     wanted = min(PROGRAMS // tiles, blocks // MIN_BLOCKS)
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1

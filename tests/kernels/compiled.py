@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from awq_hf.kernels import gemm, gemv, jit, reduce, tuning
+from awq_hf.kernels import dequantize, gemm, gemv, jit, reduce, tuning
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that programs may have (CUDA C programming guide, compute capabilities)
@@ -143,6 +143,20 @@ def test_gemm_of_8_bits(sm: int, dtype: torch.dtype, tokens: int) -> None:
     code = compile_gemm(sm, dtype, 128, config, bits=8, split=config.bm < 64)
     check_resources(code, sm, config.warps, 1)
     check_tensor_core(code, sm, config)
+
+
+@pytest.mark.parametrize(
+    "sm, dtype, group, bits", [(80, torch.float16, 32, 4), (90, torch.bfloat16, 128, 4), (100, torch.bfloat16, 128, 8)]
+)
+def test_dequantize(sm: int, dtype: torch.dtype, group: int, bits: int) -> None:
+    types = ("*i32", "*fp16", "*u8", f"*{NAMES[dtype]}", *["i32"] * 5)
+    constants, options = dequantize.constants(bits, group), dequantize.OPTIONS
+    code = compiled(dequantize.dequantize_kernel, types, tuple(constants.items()), tuple(options.items()), sm)
+    check_resources(code, sm, options["num_warps"], 8)
+    weights = dequantize.ROWS * 128 // (options["num_warps"] * 32)  # of a thread
+    assert code.count(r"STG\.E\.128$") == code.count("STG") == weights // 8, "the matrix is not written 16 bytes at a time"
+    assert code.count(r"LDG\.E(\.64|\.128)?$") <= weights // 4, "words are read more than once"
+    assert len(code.operations) <= 12 * weights
 
 
 def test_reduce() -> None:

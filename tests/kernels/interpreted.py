@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import gemm, gemv, jit, layout, reference, tuning
+from awq_hf.kernels import dequantize, gemm, gemv, jit, layout, reference, tuning
 from awq_hf.kernels.kernel_layout import KernelWeight, to_kernel
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -124,6 +124,35 @@ def test_gemm(shape: tuple[int, int, int], dtype: torch.dtype, bits: int, splits
 def test_every_bucket_of_tokens(m: int, dtype: torch.dtype, bits: int) -> None:
     case = Case(136, 256, 128, m, dtype, bits)
     assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias, bits), case.expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_whole_and_in_part(shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
+    case, (n, k, _) = Case(*shape, 1, torch.float32, bits), shape
+    expected = case.dense.T.to(dtype)
+    assert torch.equal(dequantize.dequantize(*case.weight, torch.empty(n, k, dtype=dtype), bits), expected)
+    for start in range(128, k, 128):
+        columns = min(256, k - start)
+        part = dequantize.dequantize(*case.weight, torch.empty(n, columns, dtype=dtype), bits, start)
+        assert torch.equal(part, expected[:, start : start + columns])
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])  # bytes: the least rows and columns, and all
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(72, 160, 32), (136, 384, 128), (40, 200, 200)])
+def test_products_with_the_dense_matrix(
+    shape: tuple[int, int, int], dtype: torch.dtype, bits: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantize, "CHUNK", chunk)
+    case, (n, k, _) = Case(*shape, 5, dtype, bits), shape
+    assert torch.equal(dequantize.matmul_dequantized(case.x, *case.weight, case.bias, bits), (case.exact + case.bias.double()).to(dtype))
+    assert torch.equal(dequantize.matmul_dequantized(case.x, *case.weight, bits=bits), case.exact.to(dtype))
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.zeros(5, n).scatter_(1, torch.randint(0, n, (5, 3), generator=generator), 1.0).to(dtype)
+    assert torch.equal(dequantize.input_grad(dy, *case.weight, k, bits), (dy.double() @ case.dense.T).to(dtype))
 
 
 def test_dense_inputs_and_splits_by_the_table() -> None:
