@@ -23,42 +23,39 @@ from .tuning import GemmConfig, Problem
 MAGIC = {"float16": 0x6400, "bfloat16": 0x4300, "float32": 0x4B000000}
 
 
-@jit(varying=("m", "split_blocks"))
-def gemm_kernel(
-    x,  # [m, k]
+@jit()
+def tile(
+    x,  # [tokens, k]
     words,  # int32 [n, row_words]
     scales,  # [n, groups]
     zeros,  # uint8 [n, groups]
-    bias,  # [n], unread without HAS_BIAS
-    out,  # [m, n], or float32 [splits, m, n]
-    m,
-    n,
+    rows,  # [BN], of W
+    row_ok,
+    tokens,  # [BM], of x
+    token_ok,
+    first,  # block of 128 columns
+    last,  # block after the last one
     k,
     row_words,
     groups,
-    split_blocks,  # blocks of 128 columns of a split
     BITS: tl.constexpr,  # 4 or 8
     GROUP: tl.constexpr,  # columns of a group, 0 = one group a row
-    HAS_BIAS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype that is multiplied
     CARRIER: tl.constexpr,  # dtype that the difference is taken in
     MAGIC: tl.constexpr,  # its bits that make an integer of the last ones
 ):
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    split = tl.program_id(2)
-    row_ok, token_ok = rows < n, tokens < m
+    """W X^T over some blocks of columns: float32 [BN, BM]."""
     SUB: tl.constexpr = GROUP if 0 < GROUP < 128 else 128  # columns of a block that share a scale
     WORDS: tl.constexpr = 4 * BITS  # of a block
     INTEGER: tl.constexpr = tl.int16 if MAGIC < 1 << 16 else tl.int32
     pieces = tl.arange(0, SUB // WORDS)
     # Nothing is loaded: these are the shifts 0, BITS, .. The compiler unpacks in the registers of the dot product's operand, without a
     # trip through shared memory, only if all it starts from are loads.
-    shifts = tl.load(words + pieces, mask=pieces + n < 0, other=pieces * BITS)
+    shifts = tl.load(words + pieces, mask=pieces + k < 0, other=pieces * BITS)
     acc = tl.zeros([BN, BM], tl.float32)
-    for block in range(split * split_blocks, tl.minimum((split + 1) * split_blocks, row_words // WORDS)):
+    for block in range(first, last):
         word = tl.load(words + rows[:, None] * row_words + (block * WORDS + tl.arange(0, WORDS))[None, :], mask=row_ok[:, None], other=0)
         for part in tl.static_range(128 // SUB):
             at = rows * groups + ((block * 128 + part * SUB) // GROUP if GROUP > 0 else 0)
@@ -70,6 +67,41 @@ def gemm_kernel(
             code = (word[:, None, :] >> (shifts + part * (SUB // 4))[None, :, None]) & (2**BITS - 1) | MAGIC  # [BN, SUB / WORDS, WORDS]
             difference = (code.to(INTEGER).to(CARRIER, bitcast=True) - zero).to(OPERAND).reshape(BN, SUB)
             acc += tl.dot(difference, tl.trans(values.to(OPERAND))) * scale[:, None]
+    return acc
+
+
+@jit(varying=("m", "split_blocks"))
+def gemm_kernel(
+    x,  # [m, k]; words to groups as in `tile`
+    words,
+    scales,
+    zeros,
+    bias,  # [n], unread without HAS_BIAS
+    out,  # [m, n], or float32 [splits, m, n]
+    m,
+    n,
+    k,
+    row_words,
+    groups,
+    split_blocks,  # blocks of 128 columns of a split
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    OPERAND: tl.constexpr,
+    CARRIER: tl.constexpr,
+    MAGIC: tl.constexpr,
+):
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    row_ok, token_ok = rows < n, tokens < m
+    first, last = split * split_blocks, tl.minimum((split + 1) * split_blocks, row_words // (4 * BITS))
+    acc = tile(
+        *(x, words, scales, zeros, rows, row_ok, tokens, token_ok, first, last, k, row_words, groups),
+        *(BITS, GROUP, BN, BM, OPERAND, CARRIER, MAGIC),
+    )
     if HAS_BIAS:
         acc += tl.load(bias + rows, mask=row_ok, other=0).to(tl.float32)[:, None]
     at = split * m * n + tokens[None, :] * n + rows[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,16 @@ def linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Ten
         columns = slice(start, min(start + chunk, out_features))
         y[..., columns] = x @ dequantize(qweight, qzeros, scales, bits, columns).to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def experts_linear(x: Tensor, offsets: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """y[t] = x[t] W[e]^T + b[e], tokens being sorted by expert: those of expert e are offsets[e] to offsets[e + 1].
+
+    x: [tokens, in]; offsets: int [experts + 1], from 0 to tokens; the rest as in `linear` with a first dimension of experts.
+    Returns [tokens, out] in x's dtype.
+    """
+    y, limits = x.new_empty(x.shape[0], scales.shape[2]), offsets.tolist()
+    for e, (start, stop) in enumerate(pairwise(limits)):
+        if start < stop:
+            y[start:stop] = linear(x[start:stop], qweight[e], qzeros[e], scales[e], None if bias is None else bias[e], bits)
+    return y

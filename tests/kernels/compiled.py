@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from awq_hf.kernels import dequantize, gemm, gemv, jit, reduce, tuning
+from awq_hf.kernels import dequantize, experts, gemm, gemv, jit, reduce, tuning
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that programs may have (CUDA C programming guide, compute capabilities)
@@ -114,7 +114,8 @@ def check_tensor_core(code: Compiled, sm: int, config: tuning.GemmConfig) -> Non
     else:
         assert code.count("UTCHMMA") == 8
     if sm < 100:  # tcgen05 takes W from tensor memory
-        assert code.count(r"STS\.U16") == 0 and code.count("LDSM") <= 16, "unpacked weights pass through shared memory"
+        # 4: of the output, in the smallest tiles
+        assert code.count(r"STS\.U16") <= 4 and code.count("LDSM") <= 16, "unpacked weights pass through shared memory"
     assert code.count("HADD2|HFMA2") <= 128, "zero points are not subtracted two at a time"
     assert code.count("I2F") == 0, "codes are converted to floats one by one"
     assert code.count(r"LDGSTS\.E\.BYPASS\.128") > 0 and code.count(r"LDGSTS\.E ?$") == 0, "x or W is copied in pieces below 8 bytes"
@@ -145,9 +146,23 @@ def test_gemm_of_8_bits(sm: int, dtype: torch.dtype, tokens: int) -> None:
     check_tensor_core(code, sm, config)
 
 
+@pytest.mark.parametrize("tokens", [8, 512])
 @pytest.mark.parametrize(
-    "sm, dtype, group, bits", [(80, torch.float16, 32, 4), (90, torch.bfloat16, 128, 4), (100, torch.bfloat16, 128, 8)]
+    "sm, dtype, bits", [(80, torch.bfloat16, 4), (90, torch.float16, 4), (90, torch.bfloat16, 8), (100, torch.bfloat16, 4)]
 )
+def test_experts(sm: int, dtype: torch.dtype, bits: int, tokens: int) -> None:
+    config, x = tuning.gemm_config(tokens), f"*{NAMES[dtype]}"
+    types = (x, "*i32", "*i32", "*fp16", "*u8", x, x, *["i32"] * 5)
+    constants = experts.constants(128, bits, 128, False, dtype, config)
+    code = compiled(experts.experts_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
+    check_resources(code, sm, config.warps, 1 if config.warps == 8 else 2)
+    check_tensor_core(code, sm, config)
+
+
+CHIPS = [(80, torch.float16, 32, 4), (90, torch.bfloat16, 128, 4), (100, torch.bfloat16, 128, 8)]
+
+
+@pytest.mark.parametrize("sm, dtype, group, bits", CHIPS)
 def test_dequantize(sm: int, dtype: torch.dtype, group: int, bits: int) -> None:
     types = ("*i32", "*fp16", "*u8", f"*{NAMES[dtype]}", *["i32"] * 5)
     constants, options = dequantize.constants(bits, group), dequantize.OPTIONS

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import dequantize, gemm, gemv, jit, layout, reference, tuning
+from awq_hf.kernels import dequantize, experts, gemm, gemv, jit, layout, reference, tuning
 from awq_hf.kernels.kernel_layout import KernelWeight, to_kernel
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -63,9 +63,18 @@ class Case:
     rounding to do. The first row has the codes at the ends of their range and the farthest zero points."""
 
     def __init__(
-        self, n: int, k: int, width: int, m: int, dtype: torch.dtype, bits: int = 4, symmetric: bool = False, nonzero: int = 3
+        self,
+        n: int,
+        k: int,
+        width: int,
+        m: int,
+        dtype: torch.dtype,
+        bits: int = 4,
+        symmetric: bool = False,
+        nonzero: int = 3,
+        seed: int = 0,
     ) -> None:
-        generator, top = torch.Generator().manual_seed(n + k + m), 2**bits - 1
+        generator, top = torch.Generator().manual_seed(n + k + m + seed), 2**bits - 1
         draw: Any = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)  # noqa: E731
         q, zeros = draw(0, top + 1, n, k).to(torch.uint8), draw(0, top + 1, n, k // width).to(torch.uint8)
         q[0], zeros[0] = draw(0, 2, k) * top, draw(0, 2, k // width) * top
@@ -153,6 +162,24 @@ def test_products_with_the_dense_matrix(
     generator = torch.Generator().manual_seed(1)
     dy = torch.zeros(5, n).scatter_(1, torch.randint(0, n, (5, 3), generator=generator), 1.0).to(dtype)
     assert torch.equal(dequantize.input_grad(dy, *case.weight, k, bits), (dy.double() @ case.dense.T).to(dtype))
+
+
+COUNTS = [[0, 5, 0, 1, 17], [0, 0, 23, 0, 0], [16, 8, 24, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, bits", [((72, 160, 32), 8), ((40, 256, 128), 4)])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_experts(counts: list[int], shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
+    cases = [Case(*shape, max(1, count), dtype, bits, seed=expert) for expert, count in enumerate(counts)]
+    assert experts.supports(cases[0].problem) is None
+    weight = KernelWeight(*(torch.stack(part) for part in zip(*(case.weight for case in cases), strict=True)))
+    gather = lambda name: torch.cat([getattr(case, name)[:count] for case, count in zip(cases, counts, strict=True)])  # noqa: E731
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    bias = torch.stack([case.bias for case in cases])
+    y = experts.experts_linear(gather("x"), offsets, *weight, bias, bits, tuning.GemmConfig(warps=4, stages=1, bn=64, bm=4))
+    assert torch.equal(y, gather("expected"))
+    assert torch.equal(experts.experts_linear(gather("x"), offsets, *weight, bits=bits), cases[0].rounded(gather("exact")))
 
 
 def test_dense_inputs_and_splits_by_the_table() -> None:
