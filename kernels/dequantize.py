@@ -38,10 +38,11 @@ def dequantize_kernel(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     block = first_block + tl.program_id(1)
     row_ok = rows[:, None] < n
-    WORDS: tl.constexpr = 4 * BITS  # of a block
     SUB: tl.constexpr = GROUP if 0 < GROUP < 128 else 128  # columns of a block that share a scale
-    word = tl.load(words + rows[:, None] * row_words + (block * WORDS + tl.arange(0, WORDS))[None, :], mask=row_ok, other=0)
-    code = (word[:, None, :] >> (tl.arange(0, 32 // BITS) * BITS)[None, :, None]) & (2**BITS - 1)  # [BN, 32 / BITS, WORDS]
+    at = rows[:, None] * row_words + (block * (4 * BITS) + tl.arange(0, 4 * BITS))[None, :]
+    word = tl.load(words + at, mask=row_ok, other=0).reshape(BN, BITS // 4, 1, 16)
+    pair = word >> (tl.arange(0, 16 // BITS) * BITS)[None, None, :, None]  # [BN, units, 16 / BITS, 16]
+    code = tl.join(pair, pair >> 16) & (2**BITS - 1)
     parts = tl.arange(0, 128 // SUB)
     at = rows[:, None] * groups + ((block * 128 + parts * SUB) // GROUP if GROUP > 0 else parts * 0)[None, :]
     scale = tl.load(scales + at, mask=row_ok, other=0).to(tl.float32)[:, :, None]

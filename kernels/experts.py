@@ -19,7 +19,7 @@ from .kernel_layout import kernel_group
 from .tuning import GemmConfig
 
 
-@jit()
+@jit(varying=("magic",))
 def experts_kernel(
     x,  # [tokens, k]
     offsets,  # int32 [experts + 1]
@@ -33,6 +33,7 @@ def experts_kernel(
     k,
     row_words,
     groups,
+    magic,
     EXPERTS: tl.constexpr,  # power of two that is no less
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -41,7 +42,7 @@ def experts_kernel(
     BM: tl.constexpr,
     OPERAND: tl.constexpr,
     CARRIER: tl.constexpr,
-    MAGIC: tl.constexpr,
+    ASSEMBLE: tl.constexpr,
 ):
     index, every = tl.program_id(1), tl.arange(0, EXPERTS)
     starts = tl.load(offsets + every, mask=every < experts, other=0) // BM + every
@@ -53,7 +54,7 @@ def experts_kernel(
     base = expert.to(tl.int64) * n  # all experts together may pass 2^31
     acc = tile(
         *(x, words + base * row_words, scales + base * groups, zeros + base * groups, rows, row_ok, tokens, token_ok),
-        *(0, tl.where(begin < stop, row_words // (4 * BITS), 0), k, row_words, groups, BITS, GROUP, BN, BM, OPERAND, CARRIER, MAGIC),
+        *(0, tl.where(begin < stop, row_words // 16, 0), k, row_words, groups, magic, BITS, GROUP, BN, BM, OPERAND, CARRIER, ASSEMBLE),
     )
     if HAS_BIAS:
         acc += tl.load(bias + base + rows, mask=row_ok, other=0).to(tl.float32)[:, None]
@@ -90,7 +91,8 @@ def experts_linear(
     config = config or tuning.gemm_config(-(-m // experts))
     y = x.new_empty(m, n)
     experts_kernel[(-(-n // config.bn), m // config.bm + experts)](
-        *(x, offsets, words, scales, zeros, bias if bias is not None else y, y, experts, n, k, row_words, scales.shape[2]),
+        *(x, offsets, words, scales, zeros, bias if bias is not None else y, y),
+        *(experts, n, k, row_words, scales.shape[2], gemm.magic(bits, x.dtype)),
         **constants(experts, bits, kernel_group(words, scales, bits), bias is not None, x.dtype, config),
         **config.options(),
     )

@@ -2,8 +2,8 @@
 its first operand from registers, where W's codes are unpacked.
 
 q - z is at most 15 or 255 in size, exact in float16 and bfloat16, and is what the tensor core multiplies; a group's scale is applied
-to its float32 sum. A code and its zero point become floats without a conversion, both with the same power of two added (MAGIC).
-Splits of K leave float32 sums that `reduce` adds up in order.
+to its float32 sum. A code and its zero point become floats without a conversion, both with the same power of two added (MAGIC), two
+codes at a time where a word holds two such floats. Splits of K leave float32 sums that `reduce` adds up in order.
 """
 
 from __future__ import annotations
@@ -14,13 +14,34 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .jit import jit, operand_dtype, tl
-from .kernel_layout import kernel_group
+from .jit import INTERPRETED, jit, operand_dtype, tl
+from .kernel_layout import UNIT_WORDS, kernel_group
 from .reduce import reduce
 from .tuning import GemmConfig, Problem
 
 # The bits of the power of two under which the last mantissa bit counts 1: MAGIC | q is that power + q, for codes below it.
 MAGIC = {"float16": 0x6400, "bfloat16": 0x4300, "float32": 0x4B000000}
+
+
+@jit()
+def subtract_halves(a, b, TYPE: tl.constexpr, ASSEMBLE: tl.constexpr):
+    """a - b of the floats in the low halves of two words, and in the high ones. The compiler takes words apart before it subtracts, at
+    one more instruction a float; hence in assembly (b * -1 + a, as sm_80 cannot subtract two bfloat16), except in the interpreter."""
+    if ASSEMBLE:
+        NAME: tl.constexpr = "bf16x2" if TYPE == tl.bfloat16 else "f16x2"
+        MINUS_ONES: tl.constexpr = "0xbf80bf80" if TYPE == tl.bfloat16 else "0xbc00bc00"
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 d; mov.b32 d, " + MINUS_ONES + "; fma.rn." + NAME + " d, $3, d, $2; mov.b32 {$0, $1}, d; }",
+            *("=h,=h,r,r", [a, b]),
+            dtype=(tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        low, high = low.to(TYPE, bitcast=True), high.to(TYPE, bitcast=True)
+    else:
+        low = a.to(tl.int16).to(TYPE, bitcast=True) - b.to(tl.int16).to(TYPE, bitcast=True)
+        high = (a >> 16).to(tl.int16).to(TYPE, bitcast=True) - (b >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    return low, high
 
 
 @jit()
@@ -33,44 +54,51 @@ def tile(
     row_ok,
     tokens,  # [BM], of x
     token_ok,
-    first,  # block of 128 columns
-    last,  # block after the last one
+    first,  # unit of 16 words
+    last,  # unit after the last one
     k,
     row_words,
     groups,
+    magic,  # bits of CARRIER that make an integer of the last ones; twice in a word, where it has 16
     BITS: tl.constexpr,  # 4 or 8
     GROUP: tl.constexpr,  # columns of a group, 0 = one group a row
     BN: tl.constexpr,
     BM: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype that is multiplied
     CARRIER: tl.constexpr,  # dtype that the difference is taken in
-    MAGIC: tl.constexpr,  # its bits that make an integer of the last ones
+    ASSEMBLE: tl.constexpr,  # whether there is an assembler
 ):
-    """W X^T over some blocks of columns: float32 [BN, BM]."""
-    SUB: tl.constexpr = GROUP if 0 < GROUP < 128 else 128  # columns of a block that share a scale
-    WORDS: tl.constexpr = 4 * BITS  # of a block
-    INTEGER: tl.constexpr = tl.int16 if MAGIC < 1 << 16 else tl.int32
-    pieces = tl.arange(0, SUB // WORDS)
+    """W X^T over some units of columns: float32 [BN, BM]."""
+    COLUMNS: tl.constexpr = 512 // BITS  # of a unit
+    SUB: tl.constexpr = GROUP if 0 < GROUP < COLUMNS else COLUMNS  # columns of a unit that share a scale
+    MASK: tl.constexpr = 2**BITS - 1
+    TWO: tl.constexpr = 65537  # puts a number of 16 bits in both halves of a word
+    pieces = tl.arange(0, SUB // 32)
     # Nothing is loaded: these are the shifts 0, BITS, .. The compiler unpacks in the registers of the dot product's operand, without a
     # trip through shared memory, only if all it starts from are loads.
     shifts = tl.load(words + pieces, mask=pieces + k < 0, other=pieces * BITS)
     acc = tl.zeros([BN, BM], tl.float32)
-    for block in range(first, last):
-        word = tl.load(words + rows[:, None] * row_words + (block * WORDS + tl.arange(0, WORDS))[None, :], mask=row_ok[:, None], other=0)
-        for part in tl.static_range(128 // SUB):
-            at = rows * groups + ((block * 128 + part * SUB) // GROUP if GROUP > 0 else 0)
+    for unit in range(first, last):
+        word = tl.load(words + rows[:, None] * row_words + (unit * 16 + tl.arange(0, 16))[None, :], mask=row_ok[:, None], other=0)
+        for part in tl.static_range(COLUMNS // SUB):
+            at = rows * groups + ((unit * COLUMNS + part * SUB) // GROUP if GROUP > 0 else 0)
             scale = tl.load(scales + at, mask=row_ok, other=0).to(tl.float32)
-            zero = tl.load(zeros + at, mask=row_ok, other=0).to(tl.int32)
-            zero = (zero | MAGIC).to(INTEGER).to(CARRIER, bitcast=True)[:, None, None]
-            columns = block * 128 + part * SUB + tl.arange(0, SUB)
+            zero = (tl.load(zeros + at, mask=row_ok, other=0).to(tl.int32) * (1 if CARRIER == tl.float32 else TWO) | magic)[:, None, None]
+            columns = unit * COLUMNS + part * SUB + tl.arange(0, SUB)
             values = tl.load(x + tokens[:, None] * k + columns[None, :], mask=token_ok[:, None] & (columns < k)[None, :], other=0)
-            code = (word[:, None, :] >> (shifts + part * (SUB // 4))[None, :, None]) & (2**BITS - 1) | MAGIC  # [BN, SUB / WORDS, WORDS]
-            difference = (code.to(INTEGER).to(CARRIER, bitcast=True) - zero).to(OPERAND).reshape(BN, SUB)
+            pair = word[:, None, :] >> (shifts + part * (SUB // 32 * BITS))[None, :, None]  # [BN, SUB / 32, 16]
+            if CARRIER == tl.float32:
+                even, odd = pair & MASK | magic, (pair >> 16) & MASK | magic
+                even, odd = even.to(CARRIER, bitcast=True), odd.to(CARRIER, bitcast=True)
+                even, odd = even - zero.to(CARRIER, bitcast=True), odd - zero.to(CARRIER, bitcast=True)
+            else:
+                even, odd = subtract_halves(pair & (MASK * TWO) | magic, zero, CARRIER, ASSEMBLE)
+            difference = tl.join(even.to(OPERAND), odd.to(OPERAND)).reshape(BN, SUB)
             acc += tl.dot(difference, tl.trans(values.to(OPERAND))) * scale[:, None]
     return acc
 
 
-@jit(varying=("m", "split_blocks"))
+@jit(varying=("m", "split_units", "magic"))
 def gemm_kernel(
     x,  # [m, k]; words to groups as in `tile`
     words,
@@ -83,7 +111,8 @@ def gemm_kernel(
     k,
     row_words,
     groups,
-    split_blocks,  # blocks of 128 columns of a split
+    split_units,  # units of 16 words of a split
+    magic,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -91,16 +120,16 @@ def gemm_kernel(
     BM: tl.constexpr,
     OPERAND: tl.constexpr,
     CARRIER: tl.constexpr,
-    MAGIC: tl.constexpr,
+    ASSEMBLE: tl.constexpr,
 ):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     row_ok, token_ok = rows < n, tokens < m
-    first, last = split * split_blocks, tl.minimum((split + 1) * split_blocks, row_words // (4 * BITS))
+    first, last = split * split_units, tl.minimum((split + 1) * split_units, row_words // 16)
     acc = tile(
-        *(x, words, scales, zeros, rows, row_ok, tokens, token_ok, first, last, k, row_words, groups),
-        *(BITS, GROUP, BN, BM, OPERAND, CARRIER, MAGIC),
+        *(x, words, scales, zeros, rows, row_ok, tokens, token_ok, first, last, k, row_words, groups, magic),
+        *(BITS, GROUP, BN, BM, OPERAND, CARRIER, ASSEMBLE),
     )
     if HAS_BIAS:
         acc += tl.load(bias + rows, mask=row_ok, other=0).to(tl.float32)[:, None]
@@ -113,13 +142,22 @@ def supports(problem: Problem) -> str | None:
     return tuning.unsupported(problem)
 
 
+def carrier(bits: int, dtype: torch.dtype) -> str:
+    """What differences are taken in for x of `dtype`. 7 mantissa bits of a bfloat16 hold 4-bit codes, and not 8-bit ones."""
+    operand = operand_dtype(dtype)
+    return "float32" if bits == 8 and operand == "bfloat16" else operand
+
+
+def magic(bits: int, dtype: torch.dtype) -> int:
+    """The kernels' argument of that name: not compiled in, as an instruction has room for one constant, which is the mask."""
+    name = carrier(bits, dtype)
+    return MAGIC[name] * (1 if name == "float32" else 0x10001)
+
+
 def constants(bits: int, group: int, has_bias: bool, dtype: torch.dtype, config: GemmConfig) -> dict[str, Any]:
     """What is compiled into the kernel. dtype: of x."""
-    operand = operand_dtype(dtype)
-    carrier = "float32" if bits == 8 and operand == "bfloat16" else operand  # 7 mantissa bits hold 16 codes, not 256
-    tile = {"BN": config.bn, "BM": config.bm}
-    types = {"OPERAND": getattr(tl, operand), "CARRIER": getattr(tl, carrier), "MAGIC": MAGIC[carrier]}
-    return {"BITS": bits, "GROUP": group, "HAS_BIAS": has_bias, **tile, **types}
+    types = {"OPERAND": getattr(tl, operand_dtype(dtype)), "CARRIER": getattr(tl, carrier(bits, dtype)), "ASSEMBLE": not INTERPRETED}
+    return {"BITS": bits, "GROUP": group, "HAS_BIAS": has_bias, "BN": config.bn, "BM": config.bm, **types}
 
 
 def gemm(
@@ -145,7 +183,7 @@ def gemm(
     fused_bias = bias if splits == 1 else None
     gemm_kernel[(-(-n // config.bn), -(-m // config.bm), splits)](
         *(x, words, scales, zeros, fused_bias if fused_bias is not None else y, out),
-        *(m, n, k, row_words, scales.shape[1], -(-(row_words // (4 * bits)) // splits)),
+        *(m, n, k, row_words, scales.shape[1], -(-(row_words // UNIT_WORDS) // splits), magic(bits, x.dtype)),
         **constants(bits, kernel_group(words, scales, bits), fused_bias is not None, x.dtype, config),
         **config.options(),
     )

@@ -1,8 +1,8 @@
 """The layout the Triton kernels read, made from canonical codes when a model is loaded and never saved.
 
-A row's codes are cut into blocks of 128 columns, the last one zero-padded. A block is 4 * bits int32 words, field i of word j being
-column 4 bits i + j: 16 words of 8 nibbles, or 32 words of 4 bytes. One shift of a block's words thus yields 16 or 32 columns in
-order, so a kernel never permutes anything.
+A row's codes are cut into units of 16 int32 words: 128 columns in 4 bits, 64 in 8. Fields i and i + 16 / bits of word j, which are
+16 bits apart, are columns 32 i + 2 j and 32 i + 2 j + 1. So one shift and one mask give two neighbours in the halves of a word, as
+tensor cores take them, and 32 columns in order from all words; nothing is permuted. Rows are zero-padded to blocks of 128 columns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 128  # columns
+BLOCK, UNIT_WORDS = 128, 16  # columns that rows are padded to, words of a unit
 BITS = (4, 8)
 
 
@@ -29,17 +29,17 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [rows, columns] below 2^bits -> int32 words [rows, 4 * bits * ceil(columns / 128)]."""
     rows, columns = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -columns % BLOCK))
-    fields = padded.view(rows, -1, 32 // bits, 4 * bits).transpose(2, 3)  # [rows, blocks, word j, field i]
-    octets = fields if bits == 8 else fields[..., 0::2] | fields[..., 1::2] << 4  # memory is little-endian
-    return octets.contiguous().view(torch.int32).view(rows, -1)
+    halves = padded.view(rows, -1, 16 // bits, UNIT_WORDS, 2).permute(0, 1, 3, 4, 2)  # [rows, units, word j, half, field i]
+    octets = halves if bits == 8 else halves[..., 0::2] | halves[..., 1::2] << 4  # memory is little-endian
+    return octets.reshape(rows, -1).view(torch.int32)
 
 
 def unpack_words(words: Tensor, columns: int, bits: int) -> Tensor:
     """int32 words [rows, 4 * bits * blocks] -> uint8 codes [rows, columns]. Inverse of `pack_words`."""
     rows = words.shape[0]
-    octets = words.contiguous().view(torch.uint8).view(rows, -1, 4 * bits, 4)
-    fields = octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)  # [rows, blocks, word j, field i]
-    return fields.transpose(2, 3).reshape(rows, -1)[:, :columns]
+    octets = words.contiguous().view(torch.uint8).view(rows, -1, UNIT_WORDS, 2, 2)
+    halves = octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(-2)  # [rows, units, word j, half, field i]
+    return halves.permute(0, 1, 4, 2, 3).reshape(rows, -1)[:, :columns]
 
 
 def to_kernel(q: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> KernelWeight:

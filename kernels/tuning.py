@@ -34,8 +34,12 @@ def unsupported(problem: Problem) -> str | None:
         return jit.MISSING
     if p.device != "cuda" and not jit.INTERPRETED:
         return f"the kernel runs on a GPU, not on {p.device}"
+    if torch.version.hip is not None:
+        return "the kernel holds PTX, which NVIDIA's GPUs run"
     if p.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}: cast the activations"
+    if p.k % 2:
+        return f"the kernel takes in_features in multiples of 2, not {p.k}"
     if p.n % 8:
         return f"the kernel takes out_features in multiples of 8, not {p.n}"
     if max(p.n * p.k * p.bits // 32, p.m * p.k, p.m * p.n) >= 2**31:
@@ -63,6 +67,10 @@ class GemvConfig(Config):
 class GemmConfig(Config):
     bn: int  # out_features of a tile
     bm: int  # tokens of a tile
+    registers: int | None = None  # that a thread may have, where the compiler would have it spill sooner
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 # Columns up to which a configuration is used. warps * 32 threads read `quads` pieces, one each. 8 rows take 254 registers on sm_100.
@@ -74,8 +82,8 @@ GEMV = (
 
 # Tokens up to which a configuration is used. bn is at least 64, the rows of one wgmma. Tiles of 128 x 128 spill registers.
 GEMM = (
-    (8, GemmConfig(warps=4, stages=4, bn=64, bm=8)),
-    (16, GemmConfig(warps=4, stages=4, bn=64, bm=16)),
+    (8, GemmConfig(warps=4, stages=4, bn=64, bm=8, registers=128)),
+    (16, GemmConfig(warps=4, stages=4, bn=64, bm=16, registers=128)),
     (32, GemmConfig(warps=4, stages=4, bn=64, bm=32)),
     (64, GemmConfig(warps=4, stages=3, bn=64, bm=64)),
     (math.inf, GemmConfig(warps=8, stages=3, bn=128, bm=64)),

@@ -108,6 +108,13 @@ def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> Non
     assert torch.equal(gemv.gemv(case.x, *case.weight, bits=bits), case.rounded(case.exact))
 
 
+def test_gemv_of_an_unaligned_view() -> None:
+    case = Case(8, 512, 512, 1, torch.float16)
+    view = torch.cat((torch.ones(1, 1).half(), case.x), 1)[:, 1:]
+    assert view.data_ptr() % 4 == 2
+    assert torch.equal(gemv.gemv(view, *case.weight, case.bias), case.expected)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_gemv_reads_a_row_in_several_steps(bits: int) -> None:
     case = Case(24, 512, 64, 1, torch.float16, bits, nonzero=512)
@@ -200,7 +207,7 @@ def test_rounded_results_repeat_and_are_near() -> None:
 
 def test_unread_padding_of_the_last_block_may_be_anything() -> None:
     case = Case(16, 160, 32, 3, torch.float16)
-    case.weight.words[:, 16:] |= -256  # nibbles 2 to 7; 0 and 1 are the row's last 32 columns
+    case.weight.words[:, 16:] |= ~0x000F000F  # all but fields 0 of both halves, which are the row's last 32 columns
     assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias), case.expected)
     assert torch.equal(gemv.gemv(case.x[:1], *case.weight, case.bias), case.expected[:1])
 

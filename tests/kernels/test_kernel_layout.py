@@ -16,15 +16,19 @@ def codes(rows: int, columns: int, bits: int = 4, seed: int = 0) -> Tensor:
 
 
 @given(st.integers(1, 4), st.integers(1, 300), st.sampled_from((4, 8)), st.integers(0, 99))
-def test_field_i_of_word_j_is_column_4_bits_i_plus_j_of_its_block(rows: int, columns: int, bits: int, seed: int) -> None:
+def test_field_i_of_a_half_of_word_j_is_column_32i_plus_2j_and_the_next_one_of_its_unit(
+    rows: int, columns: int, bits: int, seed: int
+) -> None:
     q = codes(rows, columns, bits, seed)
-    words, block_words = pack_words(q, bits), 4 * bits
-    assert (words.dtype, tuple(words.shape)) == (torch.int32, (rows, block_words * -(-columns // 128))) and words.is_contiguous()
+    words = pack_words(q, bits)
+    assert (words.dtype, tuple(words.shape)) == (torch.int32, (rows, 4 * bits * -(-columns // 128))) and words.is_contiguous()
     for row, stored in zip(q.tolist(), words.tolist(), strict=True):
         for c, word in enumerate(stored):
-            block, j = divmod(c, block_words)
-            at = [128 * block + block_words * i + j for i in range(32 // bits)]
-            assert [(word >> bits * i) & (2**bits - 1) for i in range(32 // bits)] == [row[k] if k < columns else 0 for k in at]
+            unit, j = divmod(c, 16)
+            for half in range(2):
+                at = [512 // bits * unit + 32 * i + 2 * j + half for i in range(16 // bits)]
+                fields = [(word >> 16 * half + bits * i) & (2**bits - 1) for i in range(16 // bits)]
+                assert fields == [row[k] if k < columns else 0 for k in at]
     assert torch.equal(unpack_words(words, columns, bits), q)
 
 

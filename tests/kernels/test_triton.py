@@ -54,6 +54,7 @@ def test_modules_import_without_triton_and_say_what_is_missing() -> None:
 REFUSED: list[tuple[dict[str, object], str]] = [
     (dict(bits=3), "read 4 or 8 bits, not 3"),
     (dict(dtype=torch.float32), "takes float16 and bfloat16, not float32"),
+    (dict(k=387), "takes in_features in multiples of 2, not 387"),
     (dict(n=12), "out_features in multiples of 8, not 12"),
     (dict(groups=8), "not of 48"),
     (dict(device="cpu"), "runs on a GPU, not on cpu"),
