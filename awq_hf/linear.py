@@ -88,7 +88,7 @@ class AwqLinear(nn.Module):
 
     def problem(self, tokens: int, dtype: torch.dtype) -> Problem:
         device = next(self.parameters()).device.type
-        return Problem(tokens, self.out_features, self.in_features, self.groups, dtype, device, self.spec.bits)
+        return Problem(tokens, self.out_features, self.in_features, self.groups, dtype, device, self.spec.bits, self.scales.dtype)
 
     def prepare(self, dtype: torch.dtype) -> str | None:
         """Bring the weight into the layout that a kernel of this device reads. dtype: of the activations.

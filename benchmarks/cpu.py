@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import cpu, kernel_layout, native, tuning
+from awq_hf.kernels import cpu, native
+from awq_hf.kernels.problem import Problem
 from benchmarks.common import publish, quiet
 
 SHAPES = ((4096, 4096), (2048, 8192))  # out_features, in_features
@@ -51,12 +52,12 @@ def _calls(n: int, k: int, dtype: torch.dtype) -> dict[str, Call]:
     weights = [(codes(k), (torch.rand(n, k // GROUP, generator=generator) + 0.1).half() / 64, codes(k // GROUP)) for _ in range(COPIES)]
     dense = [torch.randn(n, k, generator=generator).to(dtype) for _ in weights]
     calls: dict[str, Call] = {f"Linear {_name(dtype)}": lambda x, i: torch.nn.functional.linear(x, dense[i])}
-    for module, pack in ((cpu, cpu.pack), (native, kernel_layout.to_kernel)):
-        problem = tuning.Problem(m=1, n=n, k=k, groups=k // GROUP, dtype=dtype, device="cpu")
+    for module in (cpu, native):
+        problem = Problem(m=1, n=n, k=k, groups=k // GROUP, dtype=dtype, device="cpu")
         if reason := module.supports(problem):
             print(f"{module.__name__}: {reason}")
             continue
-        packed = [pack(*weight) for weight in weights]
+        packed = [module.pack(*weight) for weight in weights]
         name = module.__name__.rsplit(".", 1)[-1]
         calls[name] = _call(module, packed, None)
         calls[f"{name}: kernel"] = _call(module, packed, max(TOKENS))
@@ -91,7 +92,7 @@ def _row(n: int, k: int, m: int, dtype: torch.dtype, calls: dict[str, Call], rep
 
 
 def _summary(medians: dict[str, float]) -> dict[str, Any]:
-    (linear, of_linear), *_ = medians.items()
+    of_linear = next(iter(medians.values()))
     row: dict[str, Any] = {"Linear": of_linear}
     for name in ("cpu", "native"):
         if name in medians:

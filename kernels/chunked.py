@@ -9,12 +9,12 @@ from torch import Tensor
 
 CHUNK_WEIGHTS = 1 << 22  # weights dequantized at a time: 16 MB in float32, whatever the size of the layer
 
-Rows = Callable[[slice], Tensor]  # rows of a weight [out, in] -> float32 [rows, in]; slices start at multiples of 32
+Rows = Callable[[slice], Tensor]  # rows of a weight [out, in] -> float32 [rows, in]; slices start at multiples of 64
 
 
 def chunks(n: int, k: int) -> Iterator[slice]:
-    """Slices of n rows of k weights; all but the last of a multiple of 32 rows."""
-    size = max(32, CHUNK_WEIGHTS // k // 32 * 32)
+    """Slices of n rows of k weights; all but the last of a multiple of 64 rows."""
+    size = max(64, CHUNK_WEIGHTS // k // 64 * 64)
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tuning import Problem
+from .problem import Problem
 
 GROUPS = (256, 128, 64, 32)  # columns that torch's kernel can have to a scale
 COLUMNS = GROUPS[-1]  # a row is padded to a multiple of this
@@ -143,7 +143,8 @@ def linear(x: Tensor, words: Tensor, steps: Tensor, scales: Tensor, zeros: Tenso
     if x.shape[0] <= CROSSOVER[x.dtype]:
         group = words.shape[1] * 2 // steps.shape[0]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16).contiguous(), words, group, steps)
-        y = y[:, : scales.shape[0]].to(x.dtype).contiguous()
+        if y.shape != (x.shape[0], scales.shape[0]) or y.dtype != x.dtype:  # a new tensor: one row of a padded one passes for contiguous
+            y = x.new_empty(x.shape[0], scales.shape[0]).copy_(y[:, : scales.shape[0]])
     else:
         y = _matmul(x, words, scales, zeros)
     return y if bias is None else y.add_(bias)

@@ -6,20 +6,21 @@ A weight is brought into a layout once, after loading; which kernel reads it is 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import chunked, gemm, gemv, kernel_layout, reference, tuning
-from .jit import INTERPRETED
+from . import chunked, cpu, kernel_layout, native, reference
+from .installed import INTERPRETED
 from .layout import pack, unpack
 from .problem import Problem
 
+GEMM_TOKENS = 512  # beyond which Triton's weight is dequantized for a library's product; from operation counts, not from timings
 VARIABLE = "AWQ_HF_KERNEL"  # environment: the start of the names of the kernels that may be used
 
 Parts = Sequence[Tensor]  # of a weight, in a layout's order
@@ -40,7 +41,8 @@ class Kernel(NamedTuple):
 class Layout(NamedTuple):
     """parts: names of the tensors; pack(q, scales, zero_points, bits) makes them; unpack(parts, problem) is its inverse, bit for bit;
     rows(parts, which, problem) -> those rows of the weight, float32 [rows, in], exact: with it every layout does what its kernels,
-    which are in order of preference, do not. devices: that the kernels run on.
+    which are in order of preference, do not. devices: that the
+    kernels run on. input_grad(dy [m, out], parts, problem): dy W for the dtypes of the kernels, if there is a faster way than by rows.
     """
 
     name: str
@@ -50,6 +52,16 @@ class Layout(NamedTuple):
     rows: Callable[[Parts, slice, Problem], Tensor]
     kernels: tuple[Kernel, ...] = ()
     devices: tuple[str, ...] = ()
+    input_grad: Callable[[Tensor, Parts, Problem], Tensor] | None = None
+
+
+def _rows_of(unpack: Callable[[Parts, Problem], Codes]) -> Callable[[Parts, slice, Problem], Tensor]:
+    """For layouts whose parts all begin with the rows."""
+
+    def rows(parts: Parts, which: slice, problem: Problem) -> Tensor:
+        return reference.scaled(*unpack([part[which] for part in parts], problem))
+
+    return rows
 
 
 # What is stored: AutoAWQ's order for 4 bits
@@ -77,40 +89,81 @@ CANONICAL = Layout(
 )
 
 
-# Triton's
+# Triton's. Its modules are imported when a weight on a GPU asks for them: importing triton takes a while.
 
 
-def _triton_rows(parts: Parts, which: slice, problem: Problem) -> Tensor:
-    q, scales, zeros = _unpack_triton([part[which] for part in parts], problem)
-    grouped = q.view(len(q), problem.groups, -1).to(torch.float32) - zeros[..., None].to(torch.float32)
-    return (grouped * scales[..., None].to(torch.float32)).view(q.shape)
+def _triton(module: str) -> Any:
+    return importlib.import_module(f".{module}", __package__)
 
 
-def _three(parts: Parts) -> kernel_layout.KernelWeight:
-    return kernel_layout.KernelWeight(*parts)
+def _on_triton(module: str, function: str, tokens: float = math.inf) -> Kernel:
+    def run(x: Tensor, parts: Parts, bias: Tensor | None, problem: Problem) -> Tensor:
+        return getattr(_triton(module), function)(x, *parts, bias, problem.bits)
+
+    return Kernel(f"triton-{module}", lambda problem: _triton(module).supports(problem), run, tokens)
 
 
 def _unpack_triton(parts: Parts, problem: Problem) -> Codes:
-    return kernel_layout.from_kernel(_three(parts), problem.k, problem.groups)
+    return kernel_layout.from_kernel(kernel_layout.KernelWeight(*parts), problem.k, problem.groups, problem.bits)
+
+
+def _triton_grad(dy: Tensor, parts: Parts, problem: Problem) -> Tensor:
+    return _triton("dequantize").input_grad(dy.contiguous(), *parts, problem.k, problem.bits)
 
 
 TRITON = Layout(
     "triton",
     ("words", "scales", "zeros"),
-    lambda q, scales, zero_points, bits: kernel_layout.to_kernel(q, scales, zero_points),
+    kernel_layout.to_kernel,
     _unpack_triton,
-    _triton_rows,
-    (
-        Kernel("triton-gemv", gemv.supports, lambda x, parts, bias, problem: gemv.gemv(x, *_three(parts), bias), tokens=1),
-        Kernel("triton-gemm", gemm.supports, lambda x, parts, bias, problem: gemm.gemm(x, *_three(parts), bias), tokens=tuning.GEMM_TOKENS),
-    ),
+    _rows_of(_unpack_triton),
+    (_on_triton("gemv", "gemv", tokens=1), _on_triton("gemm", "gemm", tokens=GEMM_TOKENS), _on_triton("dequantize", "matmul_dequantized")),
     ("cuda", "cpu") if INTERPRETED else ("cuda",),
+    _triton_grad,
+)
+
+
+# CPUs
+
+
+def _unpack_native(parts: Parts, problem: Problem) -> Codes:
+    return native.unpack(native.NativeWeight(*parts), problem.k, problem.groups)
+
+
+def _cpu_rows(parts: Parts, which: slice, problem: Problem) -> Tensor:
+    start, stop, _ = which.indices(problem.n)
+    words, steps, scales, zeros = parts
+    some = cpu.CpuWeight(words[start : stop + -stop % cpu.ROWS], steps, scales[start:stop], zeros[start:stop])
+    return reference.scaled(*cpu.unpack(some, problem.k))
+
+
+def _unpack_cpu(parts: Parts, problem: Problem) -> Codes:
+    return cpu.unpack(cpu.CpuWeight(*parts), problem.k)
+
+
+NATIVE = Layout(
+    "native",
+    ("words", "scales", "zeros"),
+    lambda q, scales, zero_points, bits: native.pack(q, scales, zero_points),
+    _unpack_native,
+    _rows_of(_unpack_native),
+    (Kernel("cpu-native", native.supports, lambda x, parts, bias, problem: native.linear(x, *native.NativeWeight(*parts), bias)),),
+    ("cpu",),
+)
+CPU = Layout(
+    "cpu",
+    ("words", "steps", "scales", "zeros"),
+    lambda q, scales, zero_points, bits: cpu.pack(q, scales, zero_points),
+    _unpack_cpu,
+    _cpu_rows,
+    (Kernel("cpu-torch", cpu.supports, lambda x, parts, bias, problem: cpu.linear(x, *cpu.CpuWeight(*parts), bias)),),
+    ("cpu",),
 )
 
 
 # The choice
 
-LAYOUTS = {layout.name: layout for layout in (TRITON, CANONICAL)}  # by preference
+LAYOUTS = {layout.name: layout for layout in (TRITON, NATIVE, CPU, CANONICAL)}  # by preference
 KERNELS = [kernel for layout in LAYOUTS.values() for kernel in layout.kernels]
 REFERENCE = "reference"
 
@@ -134,10 +187,10 @@ def choose_layout(problem: Problem) -> tuple[Layout, str | None]:
         return CANONICAL, None
     reasons: list[str | None] = [f"there are no kernels for {problem.device}"]
     for layout in LAYOUTS.values():
-        found = [kernel.supports(problem) for kernel in layout.kernels if kernel.name.startswith(wanted)]
+        found = [k.supports(problem) for k in layout.kernels if problem.device in layout.devices and k.name.startswith(wanted)]
         if None in found:
             return layout, None
-        reasons = found if problem.device in layout.devices else reasons
+        reasons = found or reasons
     return CANONICAL, "; ".join(dict.fromkeys(map(str, reasons)))
 
 
@@ -178,5 +231,8 @@ def input_grad(dy: Tensor, weight: Parts, in_features: int, groups: int, bits: i
     """dx = dy W: the gradient of `linear` with respect to its input. dy: [..., out]. Returns [..., in] in dy's dtype."""
     stored, flat = LAYOUTS[layout], dy.reshape(-1, dy.shape[-1])
     problem = Problem(flat.shape[0], flat.shape[1], in_features, groups, dy.dtype, dy.device.type, bits)
-    dx = chunked.input_grad(flat, lambda which: stored.rows(weight, which, problem), in_features)
+    if stored.input_grad is not None and problem.m and any(kernel.supports(problem) is None for kernel in stored.kernels):
+        dx = stored.input_grad(flat, weight, problem)
+    else:
+        dx = chunked.input_grad(flat, lambda which: stored.rows(weight, which, problem), in_features)
     return dx.resize_(*dy.shape[:-1], in_features)

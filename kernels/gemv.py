@@ -1,8 +1,9 @@
 """y = W x for one token (M = 1): bound by reading W, so 16-byte loads, no shared memory but for the last sum, no atomics.
 
-A nibble becomes a float without a conversion: under the exponent of 2^23 the low mantissa bits of a float32 are an integer, so
-(word & 15 << 4i) | 0x4B000000 is 2^23 + 16^i q, and subtracting 2^23 + 16^i z leaves 16^i (q - z) exactly. x is divided by
-16^i in turn, once for all rows of a program. Sums are float32, in an order that only the shapes and the configuration set.
+A code becomes a float without a conversion: under the exponent of 2^23 the low mantissa bits of a float32 are an integer, so for
+nibbles (word & 15 << 4i) | 0x4B000000 is 2^23 + 16^i q, and subtracting 2^23 + 16^i z leaves 16^i (q - z) exactly, i < 4. x is
+divided by 16^i in turn, once for all rows of a program. x is read as words as well: as a code of the low half of a word meets an even
+column and one of the high half the next. Sums are float32, in an order that only the shapes and the configuration set.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from .kernel_layout import kernel_group
 from .problem import Problem
 from .tuning import GemvConfig
 
+MAGIC = 0x4B000000
 
-@jit()
+
+@jit(varying=("magic",))
 def gemv_kernel(
     x,  # [k]
     words,  # int32 [n, row_words]
@@ -30,6 +33,8 @@ def gemv_kernel(
     k,
     row_words,
     groups,
+    magic,  # bits of 2^23: an instruction has room for one constant, which is the mask
+    BITS: tl.constexpr,  # 4 or 8
     GROUP: tl.constexpr,  # columns of a group, 0 = one group a row
     HAS_BIAS: tl.constexpr,
     BN: tl.constexpr,  # rows of a program
@@ -38,26 +43,35 @@ def gemv_kernel(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row_ok = rows < n
     lanes = tl.arange(0, 4)
-    SUB: tl.constexpr = GROUP if 0 < GROUP < 128 else 128  # columns of a block that share a scale
+    COLUMNS: tl.constexpr = 512 // BITS  # of a unit
+    SUB: tl.constexpr = GROUP if 0 < GROUP < COLUMNS else COLUMNS  # columns of a unit that share a scale
+    pairs = x.to(tl.pointer_type(tl.int32), bitcast=True)  # of neighbours
     acc = tl.zeros([BN, QUADS], tl.float32)
     for start in range(0, row_words // 4, QUADS):
         quads = start + tl.arange(0, QUADS)
         quad_ok = quads < row_words // 4
         offsets = rows[:, None, None] * row_words + (quads[:, None] * 4 + lanes[None, :])[None]
         word = tl.load(words + offsets, mask=row_ok[:, None, None] & quad_ok[None, :, None], other=0, eviction_policy="evict_first")
-        columns = (quads // 4 * 128 + quads % 4 * 4)[:, None] + lanes[None, :]  # [QUADS, 4], of nibble 0
+        neighbours = (quads // 4 * (COLUMNS // 2) + quads % 4 * 4)[:, None] + lanes[None, :]  # [QUADS, 4]
         ok = row_ok[:, None] & quad_ok[None, :]
-        for part in tl.static_range(128 // SUB):
-            group = (quads // 4 * 128 + part * SUB) // GROUP if GROUP > 0 else quads * 0
+        for part in tl.static_range(COLUMNS // SUB):
+            group = (quads // 4 * COLUMNS + part * SUB) // GROUP if GROUP > 0 else quads * 0
             at = rows[:, None] * groups + group[None, :]
             scale = tl.load(scales + at, mask=ok, other=0).to(tl.float32)  # [BN, QUADS]
             zero = tl.load(zeros + at, mask=ok, other=0).to(tl.float32)
             dot = tl.zeros([BN, QUADS, 4], tl.float32)
-            for i in tl.static_range(SUB // 16 * part, SUB // 16 * (part + 1)):
-                field = ((word >> (16 * (i // 4))) & (15 << 4 * (i % 4))) | 0x4B000000
-                difference = field.to(tl.float32, bitcast=True) - (8388608.0 + zero * 16 ** (i % 4))[:, :, None]
-                values = tl.load(x + columns + 16 * i, mask=columns + 16 * i < k, other=0).to(tl.float32) * 0.0625 ** (i % 4)
-                dot += difference * values[None]
+            for i in tl.static_range(SUB // 32 * part, SUB // 32 * (part + 1)):
+                power = 2 ** (BITS * i)
+                pair = tl.load(pairs + neighbours + 16 * i, mask=neighbours + 16 * i < k // 2, other=0)
+                if x.dtype.element_ty == tl.bfloat16:
+                    even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+                else:
+                    even = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                    odd = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                offset = (8388608.0 + zero * power)[:, :, None]
+                low, high = word & ((2**BITS - 1) * power) | magic, (word >> 16) & ((2**BITS - 1) * power) | magic
+                dot += (low.to(tl.float32, bitcast=True) - offset) * (even * (1.0 / power))[None]
+                dot += (high.to(tl.float32, bitcast=True) - offset) * (odd * (1.0 / power))[None]
             acc += tl.sum(dot, 2) * scale
     total = tl.sum(acc, 1)
     if HAS_BIAS:
@@ -72,23 +86,27 @@ def supports(problem: Problem) -> str | None:
     return tuning.unsupported(problem)
 
 
-def constants(group: int, has_bias: bool, config: GemvConfig) -> dict[str, Any]:
+def constants(bits: int, group: int, has_bias: bool, config: GemvConfig) -> dict[str, Any]:
     """What is compiled into the kernel."""
-    return {"GROUP": group, "HAS_BIAS": has_bias, "BN": config.rows, "QUADS": config.quads}
+    return {"BITS": bits, "GROUP": group, "HAS_BIAS": has_bias, "BN": config.rows, "QUADS": config.quads}
 
 
-def gemv(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None, config: GemvConfig | None = None) -> Tensor:
+def gemv(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None, bits: int = 4, config: GemvConfig | None = None
+) -> Tensor:
     """y = W x + bias for a problem that `supports` accepts.
 
-    x: [1, in], float16 or bfloat16, contiguous; words, scales, zeros: as in `KernelWeight`; bias: [out], any float dtype.
+    x: [1, in], float16 or bfloat16, contiguous, in even; words, scales, zeros: as in `KernelWeight`; bias: [out], any float dtype.
     Returns [1, out] in x's dtype.
     """
     n, k = words.shape[0], x.shape[1]
     config = config or tuning.gemv_config(n, k)
+    if x.data_ptr() % 4:  # a view that starts in the middle of a word
+        x = x.clone()
     y = x.new_empty(1, n)
     gemv_kernel[(-(-n // config.rows),)](
-        *(x, words, scales, zeros, bias if bias is not None else y, y, n, k, words.shape[1], scales.shape[1]),
-        **constants(kernel_group(words, scales), bias is not None, config),
+        *(x, words, scales, zeros, bias if bias is not None else y, y, n, k, words.shape[1], scales.shape[1], MAGIC),
+        **constants(bits, kernel_group(words, scales, bits), bias is not None, config),
         **config.options(),
     )
     return y

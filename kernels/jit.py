@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .installed import INTERPRETED, MISSING, TRITON
+
 __all__ = ["INTERPRETED", "MISSING", "jit", "operand_dtype", "tl", "triton"]
 
-try:
+if TRITON:
     import triton
     import triton.language as tl
-except ImportError:  # not everywhere torch is: macOS, Windows, CPU builds
+else:
     triton = tl = None
-
-MISSING = "triton is not installed, and this kernel is written in it: pip install triton"
-# Triton's interpreter runs the kernels with numpy on the CPU; the variable is read when a kernel is defined.
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 class _Missing:

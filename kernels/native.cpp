@@ -1,4 +1,4 @@
-// y = x W^T with 4-bit W in the layout of kernel_layout.py, for x86 with AVX-512. Built and described by native.py.
+// y = x W^T with 4-bit W in the layout of native.py, for x86 with AVX-512. Built there.
 //
 // A group's 16 weights (q - z) s are a table in one register, and a code is an index into it: float32 weights are exact, bfloat16
 // weights rounded once. A tile is R rows of W times T tokens; every sum is of one thread, over the columns in order, so that it is

@@ -5,7 +5,7 @@ compiles, so a C++ compiler and ninja are needed; the library then stays in torc
 from. Where it is not asked for or cannot be had, `cpu` does the same with what torch has.
 
 Weights are those of `reference.linear` bit for bit: (q - z) s in float32, rounded once to bfloat16 for bfloat16 activations. Sums are
-float32. float16 activations compute in float32, which is more than the reference does. The layout is `KernelWeight`, as on a GPU.
+float32. float16 activations compute in float32, which is more than the reference does.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernel_layout import unsupported_groups
-from .tuning import Problem
+from .kernel_layout import BLOCK, unsupported
+from .problem import Problem
 
 VARIABLE = "AWQ_HF_NATIVE"
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -33,6 +34,36 @@ CHUNK = 1 << 20  # weights dequantized at a time: 2 or 4 MB, about the caches
 CROSSOVER = {torch.bfloat16: 32, torch.float32: 24, torch.float16: 24}
 
 logger = logging.getLogger(__name__)
+
+
+class NativeWeight(NamedTuple):
+    """W ~ (q - zeros) * scales, 4 bits. Rows are zero-padded to blocks of 128 columns, nibble i of word j of a block being column 16 i + j:
+    one shift yields 16 columns in order.
+    """
+
+    words: Tensor  # int32 [out, 16 * blocks]
+    scales: Tensor  # float16 [out, groups], padded groups 0
+    zeros: Tensor  # uint8 [out, groups]
+
+
+def pack(q: Tensor, scales: Tensor, zeros: Tensor) -> NativeWeight:
+    """Canonical uint8 codes q [out, in], scales and uint8 zeros [out, groups] -> NativeWeight, for a problem that `supports` accepts."""
+    (rows, columns), groups = q.shape, scales.shape[1]
+    if reason := unsupported(columns, groups, 4):
+        raise ValueError(reason)
+    nibbles = torch.nn.functional.pad(q, (0, -columns % BLOCK)).view(rows, -1, 8, 16).transpose(2, 3)  # [rows, blocks, word j, nibble i]
+    octets = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous()  # memory is little-endian
+    missing = 0 if groups == 1 else -(-columns // BLOCK) * BLOCK // (columns // groups) - groups
+    pad = lambda t: torch.nn.functional.pad(t, (0, missing)).contiguous()  # noqa: E731
+    return NativeWeight(octets.view(torch.int32).view(rows, -1), pad(scales), pad(zeros))
+
+
+def unpack(weight: NativeWeight, columns: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, scales and zeros of the canonical weight [out, columns]. Inverse of `pack`."""
+    octets = weight.words.contiguous().view(torch.uint8).view(len(weight.words), -1, 16, 4)
+    nibbles = torch.stack((octets & 15, octets >> 4), -1).flatten(-2)  # [rows, blocks, word j, nibble i]
+    q = nibbles.transpose(2, 3).reshape(len(nibbles), -1)[:, :columns]
+    return q, weight.scales[:, :groups].contiguous(), weight.zeros[:, :groups].contiguous()
 
 
 @cache
@@ -89,13 +120,15 @@ def supports(problem: Problem) -> str | None:
         return f"the kernel reads 4 bits, not {p.bits}"
     if p.dtype not in CROSSOVER:
         return f"the kernel takes float32, bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
-    return unsupported_groups(p.k, p.groups) or missing()
+    if p.scales != torch.float16:
+        return f"the kernel reads scales in float16, not {str(p.scales).removeprefix('torch.')}"
+    return unsupported(p.k, p.groups, p.bits) or missing()
 
 
 def linear(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias for a problem that `supports` accepts.
 
-    x: [tokens, in], float32, bfloat16 or float16; words, scales (float16), zeros: as in `KernelWeight`; bias: [out], any float dtype.
+    x: [tokens, in], float32, bfloat16 or float16; words, scales, zeros: as in `NativeWeight`; bias: [out], any float dtype.
     Returns [tokens, out] in x's dtype. The same bits every run; up to CROSSOVER tokens also whatever the number of threads and tokens.
     """
     if x.shape[0] <= CROSSOVER[x.dtype]:

@@ -18,3 +18,4 @@ class Problem:
     dtype: torch.dtype  # of x
     device: str = "cuda"
     bits: int = 4
+    scales: torch.dtype = torch.float16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,12 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, colum
     return weight.view(q.shape[0], stop - start)
 
 
+def scaled(q: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:
+    """The weight of canonical codes: uint8 q [out, in], scales and uint8 zero_points [out, groups] -> float32 [out, in], exact."""
+    grouped = q.reshape(*scales.shape, -1).to(torch.float32) - zero_points[..., None].to(torch.float32)
+    return (grouped * scales[..., None].to(torch.float32)).view(q.shape)
+
+
 def linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     """y = x W^T + b with W dequantized to x's dtype, a chunk of output columns at a time.
 
@@ -33,3 +41,16 @@ def linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Ten
     rows = lambda part: dequantize(qweight, qzeros, scales, bits, part).T  # noqa: E731
     y = chunked.linear(x.reshape(-1, x.shape[-1]), rows, scales.shape[1], bias)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def experts_linear(x: Tensor, offsets: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """y[t] = x[t] W[e]^T + b[e], tokens being sorted by expert: those of expert e are offsets[e] to offsets[e + 1].
+
+    x: [tokens, in]; offsets: int [experts + 1], from 0 to tokens; the rest as in `linear` with a first dimension of experts.
+    Returns [tokens, out] in x's dtype.
+    """
+    y, limits = x.new_empty(x.shape[0], scales.shape[2]), offsets.tolist()
+    for e, (start, stop) in enumerate(pairwise(limits)):
+        if start < stop:
+            y[start:stop] = linear(x[start:stop], qweight[e], qzeros[e], scales[e], None if bias is None else bias[e], bits)
+    return y

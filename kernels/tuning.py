@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from . import jit
-from .kernel_layout import BLOCK, unsupported_groups
+from . import jit, kernel_layout
 from .problem import Problem
 
 
@@ -23,15 +22,17 @@ def unsupported(problem: Problem) -> str | None:
         return jit.MISSING
     if p.device != "cuda" and not jit.INTERPRETED:
         return f"the kernel runs on a GPU, not on {p.device}"
-    if p.bits != 4:
-        return f"the kernel reads 4 bits, not {p.bits}"
+    if torch.version.hip is not None:
+        return "the kernel holds PTX, which NVIDIA's GPUs run"
     if p.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}: cast the activations"
+    if p.k % 2:
+        return f"the kernel takes in_features in multiples of 2, not {p.k}"
     if p.n % 8:
         return f"the kernel takes out_features in multiples of 8, not {p.n}"
-    if max(p.n * p.k // 8, p.m * p.k, p.m * p.n) >= 2**31:
+    if max(p.n * p.k * p.bits // 32, p.m * p.k, p.m * p.n) >= 2**31:
         return f"{p.m} x {p.n} x {p.k} does not fit the kernel's 32-bit offsets: pass fewer tokens at a time"
-    return unsupported_groups(p.k, p.groups)
+    return kernel_layout.unsupported(p.k, p.groups, p.bits)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class GemvConfig(Config):
 class GemmConfig(Config):
     bn: int  # out_features of a tile
     bm: int  # tokens of a tile
+    registers: int | None = None  # that a thread may have, where the compiler would have it spill sooner
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 # Columns up to which a configuration is used. warps * 32 threads read `quads` pieces, one each. 8 rows take 254 registers on sm_100.
@@ -65,14 +70,13 @@ GEMV = (
 
 # Tokens up to which a configuration is used. bn is at least 64, the rows of one wgmma. Tiles of 128 x 128 spill registers.
 GEMM = (
-    (8, GemmConfig(warps=4, stages=4, bn=64, bm=8)),
-    (16, GemmConfig(warps=4, stages=4, bn=64, bm=16)),
+    (8, GemmConfig(warps=4, stages=4, bn=64, bm=8, registers=128)),
+    (16, GemmConfig(warps=4, stages=4, bn=64, bm=16, registers=128)),
     (32, GemmConfig(warps=4, stages=4, bn=64, bm=32)),
     (64, GemmConfig(warps=4, stages=3, bn=64, bm=64)),
     (math.inf, GemmConfig(warps=8, stages=3, bn=128, bm=64)),
 )
 
-GEMM_TOKENS = 512  # beyond which the weight is dequantized for a library's product
 PROGRAMS = 264  # that split-K aims at: two for each of an H100's 132 multiprocessors. Constant, so that a result is the same on any device
 MIN_BLOCKS = 4  # of 128 columns that a split has at least: less is not worth the trip through the workspace
 
@@ -88,6 +92,6 @@ def gemm_config(m: int) -> GemmConfig:
 def splits(m: int, n: int, k: int, config: GemmConfig) -> int:
     """Parts that K is cut into: a power of two, so that few kernels are compiled; none is empty."""
     tiles = math.ceil(m / config.bm) * math.ceil(n / config.bn)
-    blocks = math.ceil(k / BLOCK)
+    blocks = math.ceil(k / kernel_layout.BLOCK)
     wanted = min(PROGRAMS // tiles, blocks // MIN_BLOCKS)
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1

@@ -176,7 +176,9 @@ def test_a_prepared_module_computes_and_gives_back_the_same(prepared: AwqLinear)
     weight, x = random_weight(QuantSpec(4, 32)), torch.randn(3, 64)
     assert_same_weight(prepared.to_quantized(), weight)
     assert torch.equal(prepared.dequantize(torch.float32), dequantize_weight(weight))
-    torch.testing.assert_close(prepared(x), AwqLinear.from_quantized(weight, torch.arange(24.0))(x), rtol=1e-5, atol=1e-4)
+    expected = AwqLinear.from_quantized(weight, torch.arange(24.0))(x)
+    tolerance = 0.01 if prepared.layout == "cpu" else 1e-5  # torch's kernel computes in bfloat16
+    assert float((prepared(x) - expected).norm() / expected.norm()) < tolerance
 
 
 def test_the_state_dict_of_a_prepared_module_is_the_file(prepared: AwqLinear) -> None:

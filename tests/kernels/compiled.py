@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from awq_hf.kernels import gemm, gemv, jit, reduce, tuning
+from awq_hf.kernels import dequantize, experts, gemm, gemv, jit, reduce, tuning
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that programs may have (CUDA C programming guide, compute capabilities)
@@ -58,17 +58,17 @@ def compiled(
     return Compiled(usage["REG"], usage["STACK"], binary.metadata.shared, operations)
 
 
-def compile_gemv(sm: int, dtype: torch.dtype, group: int, config: tuning.GemvConfig) -> Compiled:
+def compile_gemv(sm: int, dtype: torch.dtype, group: int, config: tuning.GemvConfig, bits: int = 4) -> Compiled:
     x = f"*{NAMES[dtype]}"
-    constants = gemv.constants(group, True, config)
-    types = (x, "*i32", "*fp16", "*u8", x, x, *["i32"] * 4)
+    constants = gemv.constants(bits, group, True, config)
+    types = (x, "*i32", "*fp16", "*u8", x, x, *["i32"] * 5)
     return compiled(gemv.gemv_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
 
 
-def compile_gemm(sm: int, dtype: torch.dtype, group: int, config: tuning.GemmConfig, split: bool = False) -> Compiled:
+def compile_gemm(sm: int, dtype: torch.dtype, group: int, config: tuning.GemmConfig, bits: int = 4, split: bool = False) -> Compiled:
     x = f"*{NAMES[dtype]}"
-    constants = gemm.constants(group, not split, dtype, config)
-    types = (x, "*i32", "*fp16", "*u8", x, "*fp32" if split else x, *["i32"] * 6)
+    constants = gemm.constants(bits, group, not split, dtype, config)
+    types = (x, "*i32", "*fp16", "*u8", x, "*fp32" if split else x, *["i32"] * 7)
     return compiled(gemm.gemm_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
 
 
@@ -90,32 +90,35 @@ def test_gemv(sm: int, dtype: torch.dtype, config: tuning.GemvConfig) -> None:
     code = compile_gemv(sm, dtype, 128, config)
     check_resources(code, sm, config.warps, 16 // config.warps)  # 128 registers
     assert code.count(r"LDG\.E(\.EF)?(\.\w+)*\.128") >= config.rows, "a row's words are not read 16 bytes at a time"
-    assert code.count(r"LDG\.E\.64") >= 8, "x is not read 4 values at a time, once for all rows"
-    assert code.count(r"LDG") <= 3 * config.rows + 8 + 1, "more loads than words, scales and zeros of each row, x, and the bias"
+    assert code.count(r"LDG\.E(\.CONSTANT)?\.128") >= 4, "x is not read 8 values at a time, once for all rows"
+    assert code.count(r"LDG") <= 3 * config.rows + 4 + 1, "more loads than words, scales and zeros of each row, x, and the bias"
     assert code.count("I2F") <= 2 * config.rows, "codes are converted to floats one by one"
 
 
-@pytest.mark.parametrize("group", [32, 64, 0])
-def test_gemv_of_other_groups(group: int) -> None:
+@pytest.mark.parametrize("group, bits", [(32, 4), (0, 4), (32, 8), (128, 8)])
+def test_gemv_of_other_groups_and_bits(group: int, bits: int) -> None:
     config = tuning.gemv_config(4096, 4096)
-    code = compile_gemv(90, torch.float16, group, config)
+    code = compile_gemv(90, torch.float16, group, config, bits)
     check_resources(code, 90, config.warps, 16 // config.warps)
     assert code.count(r"LDG\.E(\.EF)?(\.\w+)*\.128") >= config.rows
 
 
-def check_tensor_core(code: Compiled, sm: int, config: tuning.GemmConfig) -> None:
+def check_tensor_core(code: Compiled, sm: int, config: tuning.GemmConfig, bits: int = 4) -> None:
     """The weights reach the tensor core in registers: unpacked where they are used, never stored on the way."""
+    steps = 32 // bits  # of 16 columns in a unit of words
     if sm == 90:
         wgmma = [operands for name, operands in code.operations if name.startswith("HGMMA")]
-        assert len(wgmma) == 8, f"{len(wgmma)} wgmma for 128 columns, 16 each"
+        assert len(wgmma) == steps, f"{len(wgmma)} wgmma for {16 * steps} columns, 16 each"
         assert all(re.match(r"\s*R\d+, R\d+, gdesc", operands) for operands in wgmma), f"W comes from shared memory: {wgmma[0]}"
     elif sm == 80:
-        assert code.count("HMMA.16816") == 8 * (config.bn // 16) * max(1, config.bm // 8) // config.warps
+        assert code.count("HMMA.16816") == steps * (config.bn // 16) * max(1, config.bm // 8) // config.warps
     else:
-        assert code.count("UTCHMMA") == 8
+        assert code.count("UTCHMMA") == steps
     if sm < 100:  # tcgen05 takes W from tensor memory
-        assert code.count(r"STS\.U16") == 0 and code.count("LDSM") <= 16, "unpacked weights pass through shared memory"
-    assert code.count("HADD2|HFMA2") <= 128, "zero points are not subtracted two at a time"
+        # 4: of the output, in the smallest tiles
+        assert code.count(r"STS\.U16") <= 4 and code.count("LDSM") <= 16, "unpacked weights pass through shared memory"
+    assert code.count("HADD2|HFMA2") <= 80, "zero points are not subtracted two at a time"
+    assert code.count("PRMT") <= (90 if sm == 80 else 40), "codes are taken apart and put together again"
     assert code.count("I2F") == 0, "codes are converted to floats one by one"
     assert code.count(r"LDGSTS\.E\.BYPASS\.128") > 0 and code.count(r"LDGSTS\.E ?$") == 0, "x or W is copied in pieces below 8 bytes"
 
@@ -136,6 +139,43 @@ def test_gemm_of_other_groups(group: int) -> None:
     check_tensor_core(code, 90, config)
 
 
+@pytest.mark.parametrize("tokens", [8, 512])
+@pytest.mark.parametrize("sm, dtype", [(80, torch.bfloat16), (90, torch.float16), (90, torch.bfloat16), (100, torch.bfloat16)])
+def test_gemm_of_8_bits(sm: int, dtype: torch.dtype, tokens: int) -> None:
+    config = tuning.gemm_config(tokens)
+    code = compile_gemm(sm, dtype, 128, config, bits=8, split=config.bm < 64)
+    check_resources(code, sm, config.warps, 1)
+    check_tensor_core(code, sm, config, bits=8)
+
+
+@pytest.mark.parametrize("tokens", [8, 512])
+@pytest.mark.parametrize(
+    "sm, dtype, bits", [(80, torch.bfloat16, 4), (90, torch.float16, 4), (90, torch.bfloat16, 8), (100, torch.bfloat16, 4)]
+)
+def test_experts(sm: int, dtype: torch.dtype, bits: int, tokens: int) -> None:
+    config, x = tuning.gemm_config(tokens), f"*{NAMES[dtype]}"
+    types = (x, "*i32", "*i32", "*fp16", "*u8", x, x, *["i32"] * 6)
+    constants = experts.constants(128, bits, 128, False, dtype, config)
+    code = compiled(experts.experts_kernel, types, tuple(constants.items()), tuple(config.options().items()), sm)
+    check_resources(code, sm, config.warps, 1 if config.warps == 8 else 2)
+    check_tensor_core(code, sm, config, bits)
+
+
+CHIPS = [(80, torch.float16, 32, 4), (90, torch.bfloat16, 128, 4), (100, torch.bfloat16, 128, 8)]
+
+
+@pytest.mark.parametrize("sm, dtype, group, bits", CHIPS)
+def test_dequantize(sm: int, dtype: torch.dtype, group: int, bits: int) -> None:
+    types = ("*i32", "*fp16", "*u8", f"*{NAMES[dtype]}", *["i32"] * 5)
+    constants, options = dequantize.constants(bits, group), dequantize.OPTIONS
+    code = compiled(dequantize.dequantize_kernel, types, tuple(constants.items()), tuple(options.items()), sm)
+    check_resources(code, sm, options["num_warps"], 8)
+    weights = dequantize.ROWS * 128 // (options["num_warps"] * 32)  # of a thread
+    assert code.count(r"STG\.E\.128$") == code.count("STG") == weights // 8, "the matrix is not written 16 bytes at a time"
+    assert code.count(r"LDG\.E(\.64|\.128)?$") <= weights // 4, "words are read more than once"
+    assert len(code.operations) <= 12 * weights
+
+
 def test_reduce() -> None:
     constants = {"HAS_BIAS": True, "SIZE": reduce.SIZE}
     code = compiled(
@@ -147,9 +187,12 @@ def test_reduce() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_magic_numbers_are_exact(dtype: torch.dtype) -> None:
-    codes = torch.arange(16, dtype=torch.int16)
-    floats = (codes | gemm.MAGIC[jit.operand_dtype(dtype)]).view(dtype)
-    assert torch.equal((floats[:, None] - floats[None]).int(), (codes[:, None] - codes[None]).int())
+    for bits in (4, 8):
+        carrier = getattr(torch, gemm.carrier(bits, dtype))
+        codes = torch.arange(2**bits, dtype=torch.int32)
+        floats = (codes * 0x10001 | gemm.magic(bits, dtype)) if carrier != torch.float32 else codes | gemm.magic(bits, dtype)
+        for half in floats.view(carrier).view(2**bits, -1).T:
+            assert torch.equal((half[:, None] - half[None]).to(dtype).int(), codes[:, None] - codes[None])
 
 
 def test_this_is_the_compiler() -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import gemm, gemv, jit, layout, reference, tuning
+from awq_hf.kernels import dequantize, experts, gemm, gemv, jit, layout, reference, tuning
 from awq_hf.kernels.kernel_layout import KernelWeight, to_kernel
 from awq_hf.kernels.problem import Problem
 
 DTYPES = [torch.float16, torch.bfloat16]
+BITS = [4, 8]
 # out_features, in_features, group width: whole and partial tiles and blocks
 SHAPES = [
     (8, 32, 32),
@@ -59,22 +60,37 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Case:
-    """Random integers; x holds few nonzero ones per token, so that results fit bfloat16's 8 bits."""
+    """Random integers; x holds few nonzero ones per token, so that results fit the output dtype, 11 bits or bfloat16's 8, or it has one
+    rounding to do. The first row has the codes at the ends of their range and the farthest zero points."""
 
-    def __init__(self, n: int, k: int, width: int, m: int, dtype: torch.dtype, symmetric: bool = False, nonzero: int = 3) -> None:
-        generator = torch.Generator().manual_seed(n + k + m)
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        width: int,
+        m: int,
+        dtype: torch.dtype,
+        bits: int = 4,
+        symmetric: bool = False,
+        nonzero: int = 3,
+        seed: int = 0,
+    ) -> None:
+        generator, top = torch.Generator().manual_seed(n + k + m + seed), 2**bits - 1
         draw: Any = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)  # noqa: E731
-        q = draw(0, 16, n, k).to(torch.uint8)
-        zeros = torch.full((n, k // width), 8, dtype=torch.uint8) if symmetric else draw(0, 16, n, k // width).to(torch.uint8)
-        scales = torch.exp2(draw(-1, 2, n, k // width).float()).half()
+        q, zeros = draw(0, top + 1, n, k).to(torch.uint8), draw(0, top + 1, n, k // width).to(torch.uint8)
+        q[0], zeros[0] = draw(0, 2, k) * top, draw(0, 2, k // width) * top
+        if symmetric:
+            zeros.fill_(top // 2 + 1)
+        scales = torch.exp2(draw(3 - bits, 6 - bits, n, k // width).float()).half()
         self.x = torch.zeros(m, k).scatter_(1, draw(0, k, m, nonzero), draw(1, 3, m, nonzero).float()).to(dtype)
         self.bias = draw(-4, 5, n).to(dtype)
-        self.weight: KernelWeight = to_kernel(q, scales, zeros)
-        packed = layout.pack(q.T.contiguous(), 4), layout.pack(zeros.T.contiguous(), 4), scales.T.contiguous()
-        self.dense = reference.dequantize(*packed, 4).double()  # [in, out]
+        self.weight: KernelWeight = to_kernel(q, scales, zeros, bits)
+        packed = layout.pack(q.T.contiguous(), bits), layout.pack(zeros.T.contiguous(), bits), scales.T.contiguous()
+        self.dense = reference.dequantize(*packed, bits).double()  # [in, out]
         self.exact = self.x.double() @ self.dense
         self.expected = self.rounded(self.exact + self.bias.double())
-        self.problem = Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu")
+        self.bits = bits
+        self.problem = Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu", bits=bits)
 
     def rounded(self, y: Tensor) -> Tensor:
         """In x's dtype. The interpreter cuts float32 off to bfloat16; a GPU rounds."""
@@ -83,37 +99,95 @@ class Case:
         return y.to(self.x.dtype)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    case = Case(*shape, 1, dtype, nonzero=shape[1])
+def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
+    case = Case(*shape, 1, dtype, bits, nonzero=shape[1])
     assert gemv.supports(case.problem) is None
-    assert torch.equal(gemv.gemv(case.x, *case.weight, case.bias), case.expected)
-    assert torch.equal(gemv.gemv(case.x, *case.weight), case.rounded(case.exact))
+    assert torch.equal(gemv.gemv(case.x, *case.weight, case.bias, bits), case.expected)
+    assert torch.equal(gemv.gemv(case.x, *case.weight, bits=bits), case.rounded(case.exact))
 
 
-def test_gemv_reads_a_row_in_several_steps() -> None:
-    case = Case(24, 512, 64, 1, torch.float16, nonzero=512)
+def test_gemv_of_an_unaligned_view() -> None:
+    case = Case(8, 512, 512, 1, torch.float16)
+    view = torch.cat((torch.ones(1, 1).half(), case.x), 1)[:, 1:]
+    assert view.data_ptr() % 4 == 2
+    assert torch.equal(gemv.gemv(view, *case.weight, case.bias), case.expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gemv_reads_a_row_in_several_steps(bits: int) -> None:
+    case = Case(24, 512, 64, 1, torch.float16, bits, nonzero=512)
     for rows, quads in ((1, 8), (16, 4)):
         config = tuning.GemvConfig(warps=1, stages=1, rows=rows, quads=quads)
-        assert torch.equal(gemv.gemv(case.x, *case.weight, case.bias, config=config), case.expected)
+        assert torch.equal(gemv.gemv(case.x, *case.weight, case.bias, bits, config), case.expected)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gemm(shape: tuple[int, int, int], dtype: torch.dtype, splits: int) -> None:
-    case = Case(*shape, 5, dtype, symmetric=shape[1] == 384)
+def test_gemm(shape: tuple[int, int, int], dtype: torch.dtype, bits: int, splits: int) -> None:
+    case = Case(*shape, 5, dtype, bits, symmetric=shape[1] == 384)
     assert gemm.supports(case.problem) is None
-    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias, splits=splits), case.expected)
-    assert torch.equal(gemm.gemm(case.x, *case.weight, splits=splits), case.rounded(case.exact))
+    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias, bits, splits=splits), case.expected)
+    assert torch.equal(gemm.gemm(case.x, *case.weight, bits=bits, splits=splits), case.rounded(case.exact))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", TOKENS)
+def test_every_bucket_of_tokens(m: int, dtype: torch.dtype, bits: int) -> None:
+    case = Case(136, 256, 128, m, dtype, bits)
+    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias, bits), case.expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_whole_and_in_part(shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
+    case, (n, k, _) = Case(*shape, 1, torch.float32, bits), shape
+    expected = case.dense.T.to(dtype)
+    assert torch.equal(dequantize.dequantize(*case.weight, torch.empty(n, k, dtype=dtype), bits), expected)
+    for start in range(128, k, 128):
+        columns = min(256, k - start)
+        part = dequantize.dequantize(*case.weight, torch.empty(n, columns, dtype=dtype), bits, start)
+        assert torch.equal(part, expected[:, start : start + columns])
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])  # bytes: the least rows and columns, and all
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(72, 160, 32), (136, 384, 128), (40, 200, 200)])
+def test_products_with_the_dense_matrix(
+    shape: tuple[int, int, int], dtype: torch.dtype, bits: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantize, "CHUNK", chunk)
+    case, (n, k, _) = Case(*shape, 5, dtype, bits), shape
+    assert torch.equal(dequantize.matmul_dequantized(case.x, *case.weight, case.bias, bits), (case.exact + case.bias.double()).to(dtype))
+    assert torch.equal(dequantize.matmul_dequantized(case.x, *case.weight, bits=bits), case.exact.to(dtype))
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.zeros(5, n).scatter_(1, torch.randint(0, n, (5, 3), generator=generator), 1.0).to(dtype)
+    assert torch.equal(dequantize.input_grad(dy, *case.weight, k, bits), (dy.double() @ case.dense.T).to(dtype))
+
+
+COUNTS = [[0, 5, 0, 1, 17], [0, 0, 23, 0, 0], [16, 8, 24, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", TOKENS)
-def test_every_bucket_of_tokens(m: int, dtype: torch.dtype) -> None:
-    case = Case(136, 256, 128, m, dtype)
-    assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias), case.expected)
+@pytest.mark.parametrize("shape, bits", [((72, 160, 32), 8), ((40, 256, 128), 4)])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_experts(counts: list[int], shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
+    cases = [Case(*shape, max(1, count), dtype, bits, seed=expert) for expert, count in enumerate(counts)]
+    assert experts.supports(cases[0].problem) is None
+    weight = KernelWeight(*(torch.stack(part) for part in zip(*(case.weight for case in cases), strict=True)))
+    gather = lambda name: torch.cat([getattr(case, name)[:count] for case, count in zip(cases, counts, strict=True)])  # noqa: E731
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    bias = torch.stack([case.bias for case in cases])
+    y = experts.experts_linear(gather("x"), offsets, *weight, bias, bits, tuning.GemmConfig(warps=4, stages=1, bn=64, bm=4))
+    assert torch.equal(y, gather("expected"))
+    assert torch.equal(experts.experts_linear(gather("x"), offsets, *weight, bits=bits), cases[0].rounded(gather("exact")))
 
 
 def test_dense_inputs_and_splits_by_the_table() -> None:
@@ -134,7 +208,7 @@ def test_rounded_results_repeat_and_are_near() -> None:
 
 def test_unread_padding_of_the_last_block_may_be_anything() -> None:
     case = Case(16, 160, 32, 3, torch.float16)
-    case.weight.words[:, 16:] |= -256  # nibbles 2 to 7; 0 and 1 are the row's last 32 columns
+    case.weight.words[:, 16:] |= ~0x000F000F  # all but fields 0 of both halves, which are the row's last 32 columns
     assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias), case.expected)
     assert torch.equal(gemv.gemv(case.x[:1], *case.weight, case.bias), case.expected[:1])
 

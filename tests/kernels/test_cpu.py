@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awq_hf.kernels import cpu, kernel_layout, native, tuning
+from awq_hf.kernels import cpu, native
+from awq_hf.kernels.problem import Problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # out_features, in_features, columns of a group: whole and partial blocks of rows and columns
@@ -64,7 +65,7 @@ def dense(q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def packed(path: Any, weight: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    return cpu.pack(*weight) if path is cpu else kernel_layout.to_kernel(*weight)
+    return path.pack(*weight)
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
@@ -78,7 +79,7 @@ def test_exact_numbers_come_out_exactly(path: Any, shape: tuple[int, int, int], 
     weight = random_weight(*shape, exact=True)
     tensors, crossover = packed(path, weight), path.CROSSOVER[dtype]
     for m in (0, 1, 2, 5, 8, 9, crossover, crossover + 1):
-        assert path.supports(tuning.Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu")) is None
+        assert path.supports(Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu")) is None
         generator = torch.Generator().manual_seed(m)
         draw: Any = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)  # noqa: B023, E731
         x = torch.zeros(m, k).scatter_(1, draw(0, k, m, 2), draw(1, 3, m, 2).float()).to(dtype)
@@ -202,7 +203,7 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "reason"), REFUSED)
 def test_what_is_refused(path: Any, change: dict[str, Any], reason: str) -> None:
     problem: dict[str, Any] = dict(m=1, n=64, k=256, groups=2, dtype=torch.float32, device="cpu", bits=4) | change
-    assert reason in str(path.supports(tuning.Problem(**problem)))
+    assert reason in str(path.supports(Problem(**problem)))
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
@@ -220,7 +221,7 @@ def test_an_order_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert cpu.supports(PROBLEM) is None
 
 
-PROBLEM = tuning.Problem(m=1, n=64, k=128, groups=1, dtype=torch.float32, device="cpu")
+PROBLEM = Problem(m=1, n=64, k=128, groups=1, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture

@@ -80,3 +80,20 @@ def test_chunks_do_not_change_the_result(chunk_weights: int, monkeypatch: pytest
     x = torch.randint(-3, 4, (4, 16), generator=torch.Generator().manual_seed(0)).float()
     monkeypatch.setattr(chunked, "CHUNK_WEIGHTS", chunk_weights)
     assert torch.equal(reference.linear(x, qweight, qzeros, scales, None, 3), x @ weight)
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 5, 0], [0, 0, 0]])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_experts_are_linear_layers_for_their_own_tokens(counts: list[int], with_bias: bool) -> None:
+    qweight, qzeros, scales, _ = zip(*(packed(3, 32, 40, 2) for _ in range(3)), strict=True)
+    experts = (qweight[0], qweight[1].flip(0), qweight[2].roll(1, 0))  # no two alike
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-3, 4, (sum(counts), 32), generator=generator).float()
+    bias = torch.randint(-9, 10, (3, 40), generator=generator).float() if with_bias else None
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    y = reference.experts_linear(x, offsets, torch.stack(experts), torch.stack(qzeros), torch.stack(scales), bias, 3)
+    expert = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    assert y.shape == (sum(counts), 40)
+    for t, e in enumerate(expert.tolist()):
+        w = reference.dequantize(experts[e], qzeros[e], scales[e], 3)
+        assert torch.equal(y[t], x[t] @ w + (0 if bias is None else bias[e]))

@@ -52,8 +52,9 @@ def test_modules_import_without_triton_and_say_what_is_missing() -> None:
 
 
 REFUSED: list[tuple[dict[str, object], str]] = [
-    (dict(bits=8), "reads 4 bits, not 8"),
+    (dict(bits=3), "read 4 or 8 bits, not 3"),
     (dict(dtype=torch.float32), "takes float16 and bfloat16, not float32"),
+    (dict(k=387), "takes in_features in multiples of 2, not 387"),
     (dict(n=12), "out_features in multiples of 8, not 12"),
     (dict(groups=8), "not of 48"),
     (dict(device="cpu"), "runs on a GPU, not on cpu"),
@@ -64,7 +65,7 @@ import torch
 from awq_hf.kernels import gemm, gemv, jit, tuning
 jit.triton = jit.triton or object()  # the other reasons are given where triton is missing, too
 problem = lambda **changed: tuning.Problem(**{**dict(m=1, n=64, k=384, groups=3, dtype=torch.float16), **changed})
-print(gemm.supports(problem()), gemv.supports(problem()), gemv.supports(problem(m=2)), sep="\\n")
+print(gemm.supports(problem()), gemv.supports(problem(bits=8)), gemv.supports(problem(m=2)), sep="\\n")
 """
 
 
