@@ -28,10 +28,11 @@ from .problem import Problem
 
 VARIABLE = "AWQ_HF_NATIVE"
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma")  # never -march=native: the library may lie on a shared disk
+OPENMP = "-fopenmp"  # without it at::parallel_for is a plain loop
+FLAGS = ("-O3", OPENMP, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma")  # not -march=native: homes are shared between machines
 CHUNK = 1 << 20  # weights dequantized at a time: 2 or 4 MB, about the caches
 # Tokens up to which the kernel is used, and above which dequantizing and torch's matmul are faster; 4096 x 4096, AVX-512 with bfloat16.
-CROSSOVER = {torch.bfloat16: 32, torch.float32: 24, torch.float16: 24}
+CROSSOVER = {torch.bfloat16: 32, torch.float32: 32, torch.float16: 32}
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def _build(library: Path) -> None:
     logger.warning("Compiling the CPU kernel, once: 10 to 30 seconds.")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        load("awq_hf_native", str(SOURCE), extra_cflags=_flags(), build_directory=folder, is_python_module=False)
+        load("awq_hf_native", str(SOURCE), extra_cflags=_flags(), extra_ldflags=[OPENMP], build_directory=folder, is_python_module=False)
         shutil.move(Path(folder) / "awq_hf_native.so", library)
 
 

@@ -146,6 +146,12 @@ def test_the_same_bits_whatever_the_number_of_threads(path: Any, dtype: torch.dt
         assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def test_the_cpp_kernel_runs_in_threads(with_native: None) -> None:
+    """Without OpenMP at::parallel_for compiles to a plain loop."""
+    calls = b"GOMP_parallel", b"__kmpc_fork_call"  # of GCC and of Clang
+    assert any(call in native._library().read_bytes() for call in calls)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cpp_kernel_gives_a_token_the_same_bits_whatever_its_company(with_native: None, dtype: torch.dtype) -> None:
     words = packed(native, random_weight(70, 512, 64))
