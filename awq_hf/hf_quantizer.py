@@ -136,7 +136,7 @@ class AwqHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters on it: gradients reach the inputs of quantized Linears, not their codes
 
 
 def _complete(model: Any, directory: str) -> None:

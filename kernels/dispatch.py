@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -236,3 +237,21 @@ def input_grad(dy: Tensor, weight: Parts, in_features: int, groups: int, bits: i
     else:
         dx = chunked.input_grad(flat, lambda which: stored.rows(weight, which, problem), in_features)
     return dx.resize_(*dy.shape[:-1], in_features)
+
+
+def experts_linear(
+    x: Tensor, offsets: Tensor, weight: Parts, bias: Tensor | None, out_features: int, groups: int, bits: int, layout: str
+) -> Tensor:
+    """y[t] = x[t] W[e]^T + b[e] for tokens sorted by expert, those of expert e being offsets[e] to offsets[e + 1].
+
+    x: [tokens, in]; offsets: int32 [experts + 1], as `routing.route` makes them; weight: the parts of `layout`, each stacked to
+    [experts, ..]; bias: [experts, out] or None. Returns [tokens, out] in x's dtype. On a GPU the host does not wait for offsets.
+    """
+    problem = Problem(x.shape[0], out_features, x.shape[1], groups, x.dtype, x.device.type, bits)
+    if layout == TRITON.name and x.device.type in TRITON.devices and x.shape[0] and _triton("experts").supports(problem) is None:
+        return _triton("experts").experts_linear(x.contiguous(), offsets, *weight, bias, bits)
+    y, limits = x.new_empty(x.shape[0], out_features), offsets.tolist()
+    for e, (start, stop) in enumerate(itertools.pairwise(limits)):
+        parts, one = [part[e] for part in weight], None if bias is None else bias[e]
+        y[start:stop] = linear(x[start:stop], parts, one, out_features, groups, bits, layout)
+    return y

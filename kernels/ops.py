@@ -1,4 +1,4 @@
-"""Registration with torch: one op for a quantized Linear, behind which the kernel changes with the device, the layout and the tokens."""
+"""Registration with torch: one op for a quantized Linear, one for experts, behind which the kernel changes with the device, the layout and the tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ torch.library.define(
     "awq_hf::linear", "(Tensor x, Tensor[] weight, Tensor? bias, int out_features, int groups, int bits, str layout) -> Tensor"
 )
 torch.library.define("awq_hf::input_grad", "(Tensor dy, Tensor[] weight, int in_features, int groups, int bits, str layout) -> Tensor")
+torch.library.define(
+    "awq_hf::experts_linear",
+    "(Tensor x, Tensor offsets, Tensor[] weight, Tensor? bias, int out_features, int groups, int bits, str layout) -> Tensor",
+)
 linear = torch.ops.awq_hf.linear.default
 input_grad = torch.ops.awq_hf.input_grad.default
+experts_linear = torch.ops.awq_hf.experts_linear.default
 
 torch.library.impl("awq_hf::linear", "default")(dispatch.linear)
 torch.library.impl("awq_hf::input_grad", "default")(dispatch.input_grad)
+torch.library.impl("awq_hf::experts_linear", "default")(dispatch.experts_linear)
 
 
 def _fake_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, groups: int, bits: int, layout: str) -> Tensor:
@@ -28,8 +34,15 @@ def _fake_grad(dy: Tensor, weight: list[Tensor], in_features: int, groups: int, 
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
+def _fake_experts(
+    x: Tensor, offsets: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, groups: int, bits: int, layout: str
+) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
 torch.library.register_fake("awq_hf::linear")(_fake_linear)
 torch.library.register_fake("awq_hf::input_grad")(_fake_grad)
+torch.library.register_fake("awq_hf::experts_linear")(_fake_experts)
 
 
 # The weight is integers and gets no gradient; the two ops are each other's.

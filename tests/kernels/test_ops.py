@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import ops, reference
+from awq_hf.kernels import ops, reference, routing
 from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS
 
 # layout, bits, out_features, dtype, with bias; 64 columns in 2 groups
@@ -96,3 +96,24 @@ def test_an_output_may_be_changed_in_place() -> None:
     y += 1
     y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("layout", ["canonical", "triton"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_experts(layout: str, with_bias: bool) -> None:
+    """Sorted, multiplied by expert, and back: what a loop over tokens and their experts gives; one expert has no token."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randint(16, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
+    weights = [(draw(24, 64), torch.rand(24, 2, generator=generator).half(), draw(24, 2)) for _ in range(4)]
+    parts = [torch.stack(part) for part in zip(*(LAYOUTS[layout].pack(*weight, 4) for weight in weights), strict=True)]
+    bias = torch.randn(4, 24, generator=generator) if with_bias else None
+    x, ids, share = torch.randn(5, 64, generator=generator), torch.tensor([[0, 3], [3, 1], [3, 0], [1, 3], [0, 1]]), torch.rand(5, 2)
+    order, offsets = routing.route(ids, 4)
+    assert offsets.tolist() == [0, 3, 6, 6, 10]
+    arguments = (x[order // 2], offsets, parts, bias, 24, 2, 4, layout)
+    y = routing.combine(ops.experts_linear(*arguments), order, share)
+    dense = [reference.scaled(*weight) for weight in weights]
+    for t in range(5):
+        terms = [share[t, i] * (x[t] @ dense[e].T + (0 if bias is None else bias[e])) for i, e in enumerate(ids[t].tolist())]
+        torch.testing.assert_close(y[t], terms[0] + terms[1], rtol=1e-4, atol=1e-3)
+    torch.library.opcheck(ops.experts_linear, arguments)
