@@ -74,10 +74,7 @@ def tile(
     SUB: tl.constexpr = GROUP if 0 < GROUP < COLUMNS else COLUMNS  # columns of a unit that share a scale
     MASK: tl.constexpr = 2**BITS - 1
     TWO: tl.constexpr = 65537  # puts a number of 16 bits in both halves of a word
-    pieces = tl.arange(0, SUB // 32)
-    # Nothing is loaded: these are the shifts 0, BITS, .. The compiler unpacks in the registers of the dot product's operand, without a
-    # trip through shared memory, only if all it starts from are loads.
-    shifts = tl.load(words + pieces, mask=pieces + k < 0, other=pieces * BITS)
+    shifts = tl.arange(0, SUB // 32) * BITS
     acc = tl.zeros([BN, BM], tl.float32)
     for unit in range(first, last):
         word = tl.load(words + rows[:, None] * row_words + (unit * 16 + tl.arange(0, 16))[None, :], mask=row_ok[:, None], other=0)

@@ -1,6 +1,9 @@
 """Tile configurations as data, and what the Triton kernels can be asked for. Nothing is searched while a model runs.
 
-The tables are starting points from occupancy and register counts of the compiled kernels, not from timings.
+No number here has been timed. GEMV, GEMM and the limits on registers come from what the kernels compile to for sm_80, sm_90 and
+sm_100: registers of a thread, programs that fit a multiprocessor, instructions of a weight. PROGRAMS and MIN_BLOCKS are estimates, and
+so are `dequantize.CHUNK` and ROWS. In the loops a weight takes (sm_80 / 90 / 100) 6.1 / 5.4 / 5.1 instructions in the GEMV and
+4.2 / 3.9 / 2.7 in the GEMM of 8 tokens: where issuing is what limits them, the GEMM is the faster one for one token as well.
 """
 
 from __future__ import annotations
@@ -61,14 +64,15 @@ class GemmConfig(Config):
         return super().options() | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
-# Columns up to which a configuration is used. warps * 32 threads read `quads` pieces, one each. 8 rows take 254 registers on sm_100.
+# Columns up to which a configuration is used (not timed). warps * 32 threads read `quads` pieces, one each. 8 rows took 254 registers on
+# sm_100.
 GEMV = (
     (1024, GemvConfig(warps=1, stages=1, rows=4, quads=32)),
     (2048, GemvConfig(warps=2, stages=1, rows=4, quads=64)),
     (math.inf, GemvConfig(warps=4, stages=1, rows=4, quads=128)),
 )
 
-# Tokens up to which a configuration is used. bn is at least 64, the rows of one wgmma. Tiles of 128 x 128 spill registers.
+# Tokens up to which a configuration is used (not timed). bn is at least 64, the rows of one wgmma. Tiles of 128 x 128 spill registers.
 GEMM = (
     (8, GemmConfig(warps=4, stages=4, bn=64, bm=8, registers=128)),
     (16, GemmConfig(warps=4, stages=4, bn=64, bm=16, registers=128)),
@@ -77,8 +81,9 @@ GEMM = (
     (math.inf, GemmConfig(warps=8, stages=3, bn=128, bm=64)),
 )
 
-PROGRAMS = 264  # that split-K aims at: two for each of an H100's 132 multiprocessors. Constant, so that a result is the same on any device
-MIN_BLOCKS = 4  # of 128 columns that a split has at least: less is not worth the trip through the workspace
+# Not timed either. What split-K aims at: two for each of an H100's 132 multiprocessors, constant so that a result is the same on any device
+PROGRAMS = 264
+MIN_BLOCKS = 4  # of 128 columns that a split has at least: less should not be worth the trip through the workspace
 
 
 def gemv_config(n: int, k: int) -> GemvConfig:

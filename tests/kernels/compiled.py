@@ -93,6 +93,7 @@ def test_gemv(sm: int, dtype: torch.dtype, config: tuning.GemvConfig) -> None:
     assert code.count(r"LDG\.E(\.CONSTANT)?\.128") >= 4, "x is not read 8 values at a time, once for all rows"
     assert code.count(r"LDG") <= 3 * config.rows + 4 + 1, "more loads than words, scales and zeros of each row, x, and the bias"
     assert code.count("I2F") <= 2 * config.rows, "codes are converted to floats one by one"
+    assert len(code.operations) <= (920 if sm == 80 else 850), "more than 7 instructions a weight, in the loop and around it"
 
 
 @pytest.mark.parametrize("group, bits", [(32, 4), (0, 4), (32, 8), (128, 8)])
@@ -129,6 +130,8 @@ def test_gemm(sm: int, dtype: torch.dtype, config: tuning.GemmConfig) -> None:
     code = compile_gemm(sm, dtype, 128, config, split=config.bm < 64)
     check_resources(code, sm, config.warps, 1 if config.warps == 8 else 2)
     check_tensor_core(code, sm, config)
+    if config.bm == 8:  # issues instructions as fast as W arrives, or not
+        assert len(code.operations) <= 560, "more than 9 instructions a weight, in the loop and around it"
 
 
 @pytest.mark.parametrize("group", [32, 64, 0])
