@@ -13,7 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionConfig, GPT2Config, LlamaConfig, LlavaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+)
 
 import awq_hf
 from awq_hf import AwqLinear, QuantizedWeight
@@ -84,6 +92,7 @@ def test_every_target_holds_the_same_integers(
     found = {target: tensors(tmp_path / target) for target in ("awq", "compressed-tensors", "gptq", "dense")}
     gptq = config(tmp_path / "gptq")["quantization_config"]
     assert gptq["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+    assert symmetric != any(name.endswith(".weight_zero_point") for name in found["compressed-tensors"])
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
     assert len(quantized) == 7
     for name, module in quantized.items():
@@ -243,6 +252,17 @@ def test_gptq_has_rules_for_modules_that_differ(tiny_llama: Callable[..., Any], 
     assert (stored["bits"], stored["group_size"], stored["sym"], stored["desc_act"], stored["lm_head"]) == (4, 32, False, False, False)
 
 
+def test_one_asymmetric_module_makes_it_the_second_format(
+    tiny_llama: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = plain(tiny_llama(num_hidden_layers=1), zero_point=False, overrides={"down_proj": {"zero_point": True}})
+    awq_hf.export(model, "gptq", tmp_path / "out")
+    stored = config(tmp_path / "out")["quantization_config"]
+    assert (stored["checkpoint_format"], stored["sym"]) == ("gptq_v2", True)
+    _, z, _ = read_gptq(tensors(tmp_path / "out"), "model.layers.0.mlp.up_proj", 4, v1=False)
+    assert (z == 8).all()
+
+
 # dense
 
 
@@ -279,6 +299,15 @@ def test_dense_keeps_what_is_wider_than_the_rest_and_says_what_does_not_fit(tiny
     with pytest.raises(ValueError, match=r"up_proj.weight has values beyond torch.float16; export it as bfloat16"):
         awq_hf.export(model, "dense", tmp_path / "not", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_experts_are_written_one_by_one(random_model: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
+    """They are parts of one tensor in memory."""
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_local_experts=2)
+    model = random_model(MixtralConfig(**sizes))
+    awq_hf.export(model, "dense", tmp_path / "out", max_shard_size="10KB")
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in tensors(tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt).logits, model(prompt).logits)
 
 
 # Files
