@@ -303,8 +303,8 @@ def test_dense_keeps_what_is_wider_than_the_rest_and_says_what_does_not_fit(tiny
 
 def test_experts_are_written_one_by_one(random_model: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
     """They are parts of one tensor in memory."""
-    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_local_experts=2)
-    model = random_model(MixtralConfig(**sizes))
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    model = random_model(MixtralConfig(**sizes, num_local_experts=2))
     awq_hf.export(model, "dense", tmp_path / "out", max_shard_size="10KB")
     assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in tensors(tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt).logits, model(prompt).logits)
