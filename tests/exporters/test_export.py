@@ -252,9 +252,7 @@ def test_gptq_has_rules_for_modules_that_differ(tiny_llama: Callable[..., Any], 
     assert (stored["bits"], stored["group_size"], stored["sym"], stored["desc_act"], stored["lm_head"]) == (4, 32, False, False, False)
 
 
-def test_one_asymmetric_module_makes_it_the_second_format(
-    tiny_llama: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_one_asymmetric_module_makes_it_gptq_v2(tiny_llama: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path) -> None:
     model = plain(tiny_llama(num_hidden_layers=1), zero_point=False, overrides={"down_proj": {"zero_point": True}})
     awq_hf.export(model, "gptq", tmp_path / "out")
     stored = config(tmp_path / "out")["quantization_config"]
@@ -305,7 +303,7 @@ def test_experts_are_written_one_by_one(random_model: Callable[..., Any], prompt
     """They are parts of one tensor in memory."""
     sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
     model = random_model(MixtralConfig(**sizes, num_local_experts=2))
-    awq_hf.export(model, "dense", tmp_path / "out", max_shard_size="10KB")
+    awq_hf.export(model, "dense", tmp_path / "out")
     assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in tensors(tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt).logits, model(prompt).logits)
 
