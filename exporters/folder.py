@@ -57,12 +57,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and not a part of something larger, which safetensors refuses to write twice."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
     """How many shards there are is known at the end: they are named then."""
     written: list[list[str]] = []
@@ -78,7 +72,7 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_by
         if shard and filled + tensor.nbytes > max_bytes:
             close(shard)
             shard, filled = {}, 0
-        shard[name] = _alone(tensor)
+        shard[name] = tensor.detach().contiguous()
         filled, total = filled + tensor.nbytes, total + tensor.nbytes
     close(shard)
     if len(written) == 1:
