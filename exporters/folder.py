@@ -41,6 +41,8 @@ def write_folder(
         shutil.copyfile(path, target)
     if checkpoint.model is not None and checkpoint.model.can_generate():
         checkpoint.model.generation_config.save_pretrained(directory)
+    if (report := getattr(checkpoint.model, "awq_report", None)) is not None:  # of a model that was quantized in this process
+        report.save(directory)
     write_json(directory / "config.json", {**checkpoint.config_dict, **config})
     _write_shards(directory, tensors, size)
 

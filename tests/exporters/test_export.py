@@ -21,6 +21,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     MixtralConfig,
+    Qwen3MoeConfig,
 )
 
 import awq_hf
@@ -28,6 +29,7 @@ from awq_hf import AwqLinear, QuantizedWeight
 from awq_hf.affine import dequantize_weight
 from awq_hf.exporters import folder
 from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.dense import with_dtype
 from awq_hf.exporters.folder import in_bytes
 
 
@@ -165,6 +167,7 @@ def test_awq_is_what_save_pretrained_writes(
     awq_hf.export(model if source == "memory" else tmp_path / "saved", "awq", tmp_path / "awq")
     assert (tmp_path / "awq/model.safetensors").read_bytes() == (tmp_path / "saved/model.safetensors").read_bytes()
     assert config(tmp_path / "awq") == config(tmp_path / "saved")
+    assert json.loads((tmp_path / "awq/report.json").read_text()) == json.loads((tmp_path / "saved/report.json").read_text())
     assert (tmp_path / "awq/generation_config.json").read_text() == (tmp_path / "saved/generation_config.json").read_text()
 
 
@@ -241,6 +244,19 @@ def test_names_on_disk_and_in_memory_are_both_left_out(random_model: Callable[..
     assert not any("language_model" in name and "layers" in name for name in ignore)
 
 
+def test_routers_are_left_out_by_name_and_experts_by_a_pattern(
+    random_model: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path
+) -> None:
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    model = plain(random_model(Qwen3MoeConfig(**sizes, head_dim=16, num_experts=4, moe_intermediate_size=32)))
+    for target in ("compressed-tensors", "gptq"):
+        awq_hf.export(model, target, tmp_path / target)
+    ignore = config(tmp_path / "compressed-tensors")["quantization_config"]["ignore"]
+    assert set(ignore) == {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts", r"re:.*\.experts\..*"}
+    rules = config(tmp_path / "gptq")["quantization_config"]["dynamic"]
+    assert rules.keys() == {r"-:^model\.layers\.0\.mlp\.gate$", r"-:^model\.layers\.0\.mlp\.experts$", r"-:.*\.experts\..*"}
+
+
 def test_gptq_has_rules_for_modules_that_differ(tiny_llama: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path) -> None:
     overrides = {"layers.0.mlp.down_proj": {"bits": 8}, "layers.1.self_attn": None}
     awq_hf.export(plain(tiny_llama(), overrides=overrides), "gptq", tmp_path / "out")
@@ -285,6 +301,12 @@ def test_dense_rounds_once_to_its_dtype(dtype: str, quantized_dir: Path, tmp_pat
     for name, value in open_checkpoint(quantized_dir).items():
         exact = dequantize_weight(value) if isinstance(value, QuantizedWeight) else value
         assert torch.equal(found[name], exact.to(wanted)), name
+
+
+def test_dense_says_its_dtype_wherever_a_config_has_one() -> None:
+    theirs = {"torch_dtype": "float16", "text_config": {"dtype": "float16", "hidden_size": 8}, "vision_config": {"dtype": None}}
+    ours = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 8}, "vision_config": {"dtype": None}}
+    assert with_dtype(theirs, "bfloat16") == ours
 
 
 def test_dense_keeps_what_is_wider_than_the_rest_and_says_what_does_not_fit(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
