@@ -248,7 +248,7 @@ def test_routers_are_left_out_by_name_and_experts_by_a_pattern(
     random_model: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path
 ) -> None:
     sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    model = plain(random_model(Qwen3MoeConfig(**sizes, head_dim=16, num_experts=4, moe_intermediate_size=32)))
+    model = plain(random_model(Qwen3MoeConfig(**sizes, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)))
     for target in ("compressed-tensors", "gptq"):
         awq_hf.export(model, target, tmp_path / target)
     ignore = config(tmp_path / "compressed-tensors")["quantization_config"]["ignore"]
