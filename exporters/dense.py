@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,14 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, dtype: str = "auto
         raise ValueError(f"dtype={dtype!r} is not known; choose one of auto, {', '.join(DTYPES)}")
     check_activations(checkpoint, "dense")
     chosen = DTYPES.get(dtype, checkpoint.dtype)
-    config = {"dtype": str(chosen).removeprefix("torch.")}
+    config = checkpoint.config_dict if dtype == "auto" else with_dtype(checkpoint.config_dict, dtype)
     write_folder(directory, checkpoint, _tensors(checkpoint, chosen, bar), config, max_shard_size)
+
+
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A copy of a config.json's content that says `dtype`, under whichever key, and in the configs inside it."""
+    result = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return result | {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)}
 
 
 def _tensors(checkpoint: Checkpoint, dtype: torch.dtype, bar: Bar) -> Iterator[tuple[str, Tensor]]:

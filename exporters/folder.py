@@ -41,6 +41,8 @@ def write_folder(
         shutil.copyfile(path, target)
     if checkpoint.model is not None and checkpoint.model.can_generate():
         checkpoint.model.generation_config.save_pretrained(directory)
+    if (report := getattr(checkpoint.model, "awq_report", None)) is not None:  # of a model that was quantized in this process
+        report.save(directory)
     write_json(directory / "config.json", {**checkpoint.config_dict, **config})
     _write_shards(directory, tensors, size)
 
@@ -55,12 +57,6 @@ def in_bytes(size: str | int) -> int:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and not a part of something larger, which safetensors refuses to write twice."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
@@ -78,7 +74,7 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_by
         if shard and filled + tensor.nbytes > max_bytes:
             close(shard)
             shard, filled = {}, 0
-        shard[name] = _alone(tensor)
+        shard[name] = tensor.detach().contiguous()
         filled, total = filled + tensor.nbytes, total + tensor.nbytes
     close(shard)
     if len(written) == 1:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from awq_hf.exporters.table import TARGETS
+
 EXAMPLES = (
     "Examples:\n\n`awq-hf export compressed-tensors ./llama-awq ./llama-for-vllm`\n\n"
     "`awq-hf export dense TheBloke/Mistral-7B-v0.1-AWQ ./mistral-bf16 --dtype bfloat16`"
@@ -15,7 +17,7 @@ EXAMPLES = (
 
 
 def export(
-    target: Annotated[str, typer.Argument(help="awq, compressed-tensors, gptq, dense.")],
+    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}.")],
     model: Annotated[str, typer.Argument(help="A directory or a Hub id; quantized by AWQ, whoever wrote it, or for dense also float.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
     dtype: Annotated[str | None, typer.Option(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.")] = None,

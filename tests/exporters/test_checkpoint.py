@@ -108,6 +108,18 @@ def test_scales_keep_their_dtype(dtype: torch.dtype, tiny_llama: Callable[..., A
         assert all(torch.equal(dequantize_weight(weight), model.state_dict()[name]) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("version", ["gemm", None])
+def test_a_matrix_is_symmetric_if_its_zero_points_are(
+    version: str | None, tiny_llama: Callable[..., Any], small_config: Callable[..., Any], write_awq: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whatever the config says."""
+    write_awq(tiny_llama(), tmp_path / "awq", zero_point=False, version=version)
+    checkpoint = open_checkpoint(tmp_path / "awq")
+    assert {entry.kind for entry in checkpoint.names() if isinstance(entry.kind, QuantSpec)} == {QuantSpec(4, 32, symmetric=False)}
+    symmetric = open_checkpoint(awq_hf.quantize(tiny_llama(), small_config(rounding="nearest", zero_point=False)))
+    assert {entry.kind for entry in symmetric.names() if isinstance(entry.kind, QuantSpec)} == {QuantSpec(4, 32, symmetric=True)}
+
+
 # Names on disk
 
 MIXTRAL = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_local_experts=2)

@@ -13,13 +13,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionConfig, GPT2Config, LlamaConfig, LlavaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 import awq_hf
 from awq_hf import AwqLinear, QuantizedWeight
 from awq_hf.affine import dequantize_weight
 from awq_hf.exporters import folder
 from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.dense import with_dtype
 from awq_hf.exporters.folder import in_bytes
 
 
@@ -84,6 +94,7 @@ def test_every_target_holds_the_same_integers(
     found = {target: tensors(tmp_path / target) for target in ("awq", "compressed-tensors", "gptq", "dense")}
     gptq = config(tmp_path / "gptq")["quantization_config"]
     assert gptq["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+    assert symmetric != any(name.endswith(".weight_zero_point") for name in found["compressed-tensors"])
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
     assert len(quantized) == 7
     for name, module in quantized.items():
@@ -156,6 +167,7 @@ def test_awq_is_what_save_pretrained_writes(
     awq_hf.export(model if source == "memory" else tmp_path / "saved", "awq", tmp_path / "awq")
     assert (tmp_path / "awq/model.safetensors").read_bytes() == (tmp_path / "saved/model.safetensors").read_bytes()
     assert config(tmp_path / "awq") == config(tmp_path / "saved")
+    assert json.loads((tmp_path / "awq/report.json").read_text()) == json.loads((tmp_path / "saved/report.json").read_text())
     assert (tmp_path / "awq/generation_config.json").read_text() == (tmp_path / "saved/generation_config.json").read_text()
 
 
@@ -232,6 +244,19 @@ def test_names_on_disk_and_in_memory_are_both_left_out(random_model: Callable[..
     assert not any("language_model" in name and "layers" in name for name in ignore)
 
 
+def test_routers_are_left_out_by_name_and_experts_by_a_pattern(
+    random_model: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path
+) -> None:
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    model = plain(random_model(Qwen3MoeConfig(**sizes, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)))
+    for target in ("compressed-tensors", "gptq"):
+        awq_hf.export(model, target, tmp_path / target)
+    ignore = config(tmp_path / "compressed-tensors")["quantization_config"]["ignore"]
+    assert set(ignore) == {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts", r"re:.*\.experts\..*"}
+    rules = config(tmp_path / "gptq")["quantization_config"]["dynamic"]
+    assert rules.keys() == {r"-:^model\.layers\.0\.mlp\.gate$", r"-:^model\.layers\.0\.mlp\.experts$", r"-:.*\.experts\..*"}
+
+
 def test_gptq_has_rules_for_modules_that_differ(tiny_llama: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path) -> None:
     overrides = {"layers.0.mlp.down_proj": {"bits": 8}, "layers.1.self_attn": None}
     awq_hf.export(plain(tiny_llama(), overrides=overrides), "gptq", tmp_path / "out")
@@ -241,6 +266,15 @@ def test_gptq_has_rules_for_modules_that_differ(tiny_llama: Callable[..., Any], 
     rule = {"bits": 8, "group_size": 32, "sym": False}
     assert stored["dynamic"] == {r"+:^model\.layers\.0\.mlp\.down_proj$": rule, **{pattern: {} for pattern in attention}}
     assert (stored["bits"], stored["group_size"], stored["sym"], stored["desc_act"], stored["lm_head"]) == (4, 32, False, False, False)
+
+
+def test_one_asymmetric_module_makes_it_gptq_v2(tiny_llama: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path) -> None:
+    model = plain(tiny_llama(num_hidden_layers=1), zero_point=False, overrides={"down_proj": {"zero_point": True}})
+    awq_hf.export(model, "gptq", tmp_path / "out")
+    stored = config(tmp_path / "out")["quantization_config"]
+    assert (stored["checkpoint_format"], stored["sym"]) == ("gptq_v2", True)
+    _, z, _ = read_gptq(tensors(tmp_path / "out"), "model.layers.0.mlp.up_proj", 4, v1=False)
+    assert (z == 8).all()
 
 
 # dense
@@ -269,6 +303,12 @@ def test_dense_rounds_once_to_its_dtype(dtype: str, quantized_dir: Path, tmp_pat
         assert torch.equal(found[name], exact.to(wanted)), name
 
 
+def test_dense_says_its_dtype_wherever_a_config_has_one() -> None:
+    theirs = {"torch_dtype": "float16", "text_config": {"dtype": "float16", "hidden_size": 8}, "vision_config": {"dtype": None}}
+    ours = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 8}, "vision_config": {"dtype": None}}
+    assert with_dtype(theirs, "bfloat16") == ours
+
+
 def test_dense_keeps_what_is_wider_than_the_rest_and_says_what_does_not_fit(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_llama(torch.bfloat16)
     model.model.norm.weight.data = model.model.norm.weight.data.float()
@@ -279,6 +319,15 @@ def test_dense_keeps_what_is_wider_than_the_rest_and_says_what_does_not_fit(tiny
     with pytest.raises(ValueError, match=r"up_proj.weight has values beyond torch.float16; export it as bfloat16"):
         awq_hf.export(model, "dense", tmp_path / "not", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_experts_are_written_one_by_one(random_model: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
+    """They are parts of one tensor in memory."""
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    model = random_model(MixtralConfig(**sizes, num_local_experts=2))
+    awq_hf.export(model, "dense", tmp_path / "out")
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in tensors(tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(prompt).logits, model(prompt).logits)
 
 
 # Files
