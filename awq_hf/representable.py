@@ -4,8 +4,8 @@ To be applied to scales once zero points are chosen and before integers are. Wha
 
 Q4_1 stores d = s and m = z s, both float16 (11 significant bits): exact if s has 11 - bits of them, since z has at most `bits`.
 Q4_K shares two float16 between the two groups of 128 of a superblock: s_i = d a_i and z_i s_i = dmin m_i, with integers a_i, m_i in 0..63.
-With d of 5 bits s_i fits float16. m_i = z_i a_i / h and dmin = d h, for a common divisor h of the z_i a_i whose odd part has at most 6 bits.
-Enough pairs a_i have one for each pair of scales to find a near one.
+With d of 5 bits s_i fits float16. m_i = z_i a_i / h and dmin = d h, for a common divisor h of the z_i a_i, its odd part of at most 6
+bits. Enough pairs a_i have one for each pair of scales to find a near one.
 """
 
 from __future__ import annotations

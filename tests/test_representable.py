@@ -54,9 +54,9 @@ def test_q4_k_is_exact_and_scales_hardly_move(bits: int) -> None:
         assert exact(w, adjusted, Type.Q4_K) and not exact(w, grid, Type.Q4_K)
         assert torch.equal(adjusted.scales, adjusted.scales.half().float())
         usual = adjusted.scales[6:] / grid.scales[6:] - 1
-        assert usual.abs().mean() < 0.006 and usual.abs().max() < 0.1
-        loss, before = ((fake_quantize(w[6:], g.rows(slice(6, None))) - w[6:]).square().mean() for g in (adjusted, grid))
-        assert loss < 1.005 * before
+        assert usual.abs().mean() < 0.00385 and usual.abs().max() < 0.1
+        loss, before = ((fake_quantize(w, g) - w).square().mean(dim=1) for g in (adjusted, grid))  # [rows]
+        assert (loss <= 1.03 * before + 1e-12).all() and loss[6:].mean() < 1.002 * before[6:].mean()
 
 
 def test_q4_k_takes_any_zero_points() -> None:

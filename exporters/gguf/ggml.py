@@ -12,11 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
 
 from awq_hf.exporters.gguf.blocks import ENCODERS
 from awq_hf.exporters.gguf.blocks.legacy import Bytes
@@ -92,7 +94,7 @@ def _encoder(kind: Type, importance: Floats | None) -> Encoder:
     return lambda rows, importance: with_ggml(rows, kind, importance)
 
 
-def quantize(rows: Floats, kind: Type, importance: Floats | None = None) -> Bytes:
+def quantize(rows: Floats, kind: Type, importance: NDArray[np.floating[Any]] | None = None) -> Bytes:
     """Blocks of `kind` nearest to `rows`, on as many threads as torch uses: uint8 [n, bytes].
 
     rows: float32 [n, k]. importance: float32 [k], not negative: how much errors in each column matter (llama.cpp's importance matrix: the

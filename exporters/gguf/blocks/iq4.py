@@ -30,8 +30,8 @@ def pack_iq4_xs(d: Floats, scales: NDArray[np.int8], codes: Bytes) -> Bytes:
 
 
 def _index(x: Floats) -> NDArray[np.intp]:
-    """Where the tables hold the value nearest to x. NaN counts as the largest."""
-    return np.floor(np.fmax(np.fmin(x * F(2), F(255)), F(-256))).astype(np.intp) + 256
+    """Where the tables hold the value nearest to x."""
+    return np.floor(np.clip(x * F(2), F(-256), F(255))).astype(np.intp) + 256
 
 
 def _search(x: Floats, weights: Floats) -> Floats:

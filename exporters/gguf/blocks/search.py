@@ -84,7 +84,7 @@ class AffineSearch:
             new_scale = pick(positive, sum_xl / sum_l2, new_scale)
             new_low = pick(positive, F(0), new_low)
             new_error = self._error(codes, new_scale, new_low)
-            better = (determinant > 0) & (new_error < error) & ~self.flat
+            better = (determinant > 0) & (new_error < error)  # false for flat columns
             used = pick(better, inverse, used[0]), pick(better, low, used[1])
             scale, low, error = pick(better, new_scale, scale), pick(better, new_low, low), pick(better, new_error, error)
         self.scale, self.minimum, self._used = scale, -low, used

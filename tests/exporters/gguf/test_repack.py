@@ -64,6 +64,7 @@ def test_what_goes_where() -> None:
     assert default_type(QuantSpec(4, 128), 512) is Type.Q4_K and default_type(QuantSpec(4, 128), 128) is Type.Q4_1
     assert default_type(QuantSpec(2, 128), 512) is Type.Q2_K and default_type(QuantSpec(2, 32), 512) is Type.Q3_K
     assert default_type(QuantSpec(8, 128), 512) is None
+    assert is_exact(QuantSpec(4, 128, True), 512, Type.Q4_1) and not is_exact(QuantSpec(4, 128), 512, Type.Q4_1)
 
 
 def test_refusals_say_why_and_what_would_do() -> None:
