@@ -53,8 +53,10 @@ def export(
     Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
     tensors that turn out to hold something unfit are found before anything is written.
     """
-    config, wanted = checkpoint.config, type_of(type)
+    config, wanted = checkpoint.config.get_text_config(), type_of(type)
     architecture = find_architecture(config)
+    if config is not checkpoint.config:
+        logger.warning("the file holds the text model of %s; images are not exported to GGUF", checkpoint.label)
     plan = make_plan(((entry[0], entry[1]) for entry in checkpoint.names()), config, architecture)
     vocabulary = read_vocabulary(
         tokenizer or load_tokenizer(checkpoint.directory, checkpoint.label), plan.shapes["token_embd.weight"][0], config, pre_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf import export
@@ -90,6 +90,21 @@ def test_llama_cpp_computes_what_transformers_does(
     assert divergence(model, llama, tokens) < 1e-6
     expected = model.generate(torch.tensor([tokens]), max_new_tokens=24, do_sample=False, suppress_tokens=[2])[0, len(tokens) :].tolist()
     assert llama.generate(tokens, 24) == expected
+
+
+def test_of_a_model_that_sees_images_the_text_model_is_exported(
+    build: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = build("gemma3", tmp_path / "text")
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    config = Gemma3Config(text_config=model.config.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    whole = Gemma3ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(model.model.state_dict())
+    whole.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type="F32", progress=False)
+    assert "images are not exported" in caplog.text
+    assert divergence(model, runtime(file), tokenizer(texts[0]).input_ids) < 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("mistral", "mixtral")])  # its reader knows neither
