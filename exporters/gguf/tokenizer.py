@@ -65,7 +65,7 @@ def load_tokenizer(directory: str | os.PathLike[str] | None, label: str) -> Any:
     try:
         if directory is None:
             raise OSError("the model in memory was loaded from nowhere")
-        return AutoTokenizer.from_pretrained(Path(directory))
+        return AutoTokenizer.from_pretrained(Path(directory), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{label} has no tokenizer that can be read ({reason}); a GGUF file holds one: give it as tokenizer") from error

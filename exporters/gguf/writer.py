@@ -177,6 +177,10 @@ def _new_files(writer: GGUFWriter, target: Path, overwrite: bool) -> Iterator[tu
         yield files, partial / target.name
         for file in files:
             (partial / file.name).replace(file)
+    except OSError as error:
+        if error.filename is not None:  # what failed was opening another file
+            raise
+        raise OSError(error.errno, f"{target} could not be written ({error.strerror}); nothing of it is left") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
