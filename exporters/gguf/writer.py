@@ -98,9 +98,21 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, wanted: Type, given: M
     about.size_label = about.size_label or gguf.size_label(total, shared, expert, experts)
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
+    _check_name(str(about.name), writer)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted is Type.F32 else f"MOSTLY_{wanted.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return about
+
+
+def _check_name(name: str, writer: GGUFWriter) -> None:
+    """Raises ValueError for a name from which llama.cpp concludes that there are tokens, and fails to load the file when there are not."""
+    tokens = set(writer.kv_data[0]["tokenizer.ggml.tokens"].value)
+    missing = sorted({"</s>", "<unk>", "<s>", "<|endoftext|>"} - tokens)
+    if missing and any(part in name.lower() for part in ("phi-3", "phi3")):
+        raise ValueError(
+            f"llama.cpp takes a model named {name!r} for Phi-3 and looks for tokens that this tokenizer lacks ({missing[0]}): "
+            "give another name in metadata"
+        )
 
 
 def _target(path: Path, about: Metadata, encoding: str) -> Path:

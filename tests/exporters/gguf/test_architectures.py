@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ LONGROPE = dict(
 )
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
 }
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": dict(model_type="gemma2", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
     "gemma3": dict(model_type="gemma3_text", **GEMMA, num_hidden_layers=7, rope_parameters=GEMMA3_ROPE, use_bidirectional_attention=False),
     "phi3": dict(model_type="phi3", sliding_window=None),
-    "phi3, longrope": dict(model_type="phi3", rope_parameters=LONGROPE, sliding_window=None, num_key_value_heads=4),
+    "phi3, longrope": dict(
+        model_type="phi3", rope_parameters=LONGROPE, original_max_position_embeddings=256, sliding_window=None, num_key_value_heads=4
+    ),
     "phi3, partly rotated": dict(
         model_type="phi3", sliding_window=None, rope_parameters=dict(partial_rotary_factor=0.5, rope_theta=10000.0)
     ),
@@ -69,7 +72,7 @@ def build(
 
     def make(name: str, path: Path) -> tuple[Any, Any]:
         tokenizer = tokenizers[name.startswith(("llama", "mistral", "gemma"))]
-        options = {**SIZES, "vocab_size": len(tokenizer) + 3, **MODELS[name]}
+        options = {**SIZES, "vocab_size": len(tokenizer) + 3, **copy.deepcopy(MODELS[name])}  # configs change what they are given
         model = random_model(AutoConfig.for_model(options.pop("model_type"), **options))
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

@@ -306,9 +306,12 @@ def test_a_window_that_llama_cpp_does_not_compute_limits_the_context(
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
     for kind, expected in (("mistral", 32), ("phi3", 32)):
         config = AutoConfig.for_model(kind, **sizes, sliding_window=32, max_position_embeddings=256, pad_token_id=0)
+        checkpoint, options = open_checkpoint(random_model(config)), dict(tokenizer=byte_level(), progress=False)
         with caplog.at_level(logging.WARNING, "awq_hf"):
-            (file,) = export(open_checkpoint(random_model(config)), tmp_path / kind, tokenizer=byte_level(), progress=False)
+            (file,) = export(checkpoint, tmp_path / kind, metadata={"name": "x"}, **options)
         found = fields(file)
         assert found[f"{found['general.architecture']}.context_length"] == expected
         assert "llama.cpp has no sliding window" in caplog.text
     assert found["phi3.attention.sliding_window"] == 32
+    with pytest.raises(ValueError, match=r"llama.cpp takes a model named 'Phi3ForCausalLM' for Phi-3 .*\(</s>\): give another name"):
+        export(checkpoint, tmp_path, **options)
