@@ -20,6 +20,8 @@ logger = logging.getLogger("awq_hf")
 _EXPERT = re.compile(r"(?P<block>.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
 _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral's names
 _COMPUTED = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry: llama.cpp computes them
+_LANGUAGE = re.compile(r"(?:model\.language_model|language_model\.model)(?=\.)")  # the text model inside of one that sees images
+_VISION = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ def make_plan(tensors: Iterable[tuple[str, tuple[int, ...]]], config: PreTrained
     shapes: dict[str, tuple[int, ...]] = {}
     experts: dict[str, int] = defaultdict(int)
     for name, shape in tensors:
-        if name.endswith(_COMPUTED) or (name == "lm_head.weight" and config.tie_word_embeddings):
+        plain = _LANGUAGE.sub("model", name.replace("language_model.lm_head.", "lm_head."), count=1)
+        if name.endswith(_COMPUTED) or _VISION.match(name) or (plain == "lm_head.weight" and config.tie_word_embeddings):
             continue
-        expert = _EXPERT.fullmatch(name)
-        wanted = f"{expert['block']}.mlp.experts.{_PARTS.get(expert['part'], expert['part'])}.weight" if expert else name
+        expert = _EXPERT.fullmatch(plain)
+        wanted = f"{expert['block']}.mlp.experts.{_PARTS.get(expert['part'], expert['part'])}.weight" if expert else plain
         target = names.get_name(wanted, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise ValueError(f"{name} has no place in a GGUF file of {architecture.arch.name}: llama.cpp knows no such tensor there")

@@ -65,7 +65,7 @@ def load_tokenizer(directory: str | os.PathLike[str] | None, label: str) -> Any:
     try:
         if directory is None:
             raise OSError("the model in memory was loaded from nowhere")
-        return AutoTokenizer.from_pretrained(Path(directory))
+        return AutoTokenizer.from_pretrained(Path(directory), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{label} has no tokenizer that can be read ({reason}); a GGUF file holds one: give it as tokenizer") from error
@@ -88,12 +88,12 @@ def read_vocabulary(tokenizer: Any, size: int, config: PreTrainedConfig, pre_tok
             logger.warning("llama.cpp's pre-tokenizer %r cuts at combining marks (Devanagari, Thai, ...)", vocabulary.pre_tokenizer)
         vocabulary.merges = [" ".join(pair) for pair in _pairs(content)]
     else:
-        vocabulary = Vocabulary(kind, pre_tokenizer or "default", tokens, _types(backend, tokens, content["model"].get("unk_token")))
-        vocabulary.scores = _scores(content, tokens, vocabulary.types)
+        types = _types(backend, tokens, unknown=tokenizer.unk_token or "")
+        vocabulary = Vocabulary(kind, pre_tokenizer or "default", tokens, types)
+        vocabulary.scores = _scores(content, tokens, types, check=pre_tokenizer is None)
         vocabulary.flags["add_space_prefix"] = _adds_space(content)
         vocabulary.tokens = [  # llama.cpp finds these in the text as it was written
-            token.replace(SPACE, " ") if kind is TokenType.USER_DEFINED else token
-            for token, kind in zip(tokens, vocabulary.types, strict=True)
+            token.replace(SPACE, " ") if kind is TokenType.USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
         ]
     _add_special(vocabulary, tokenizer, config)
     vocabulary.chat_template = _chat_template(tokenizer)
@@ -102,7 +102,8 @@ def read_vocabulary(tokenizer: Any, size: int, config: PreTrainedConfig, pre_tok
 
 def _tokens(backend: Tokenizer, size: int) -> list[str]:
     found = backend.get_vocab(with_added_tokens=True)
-    numbers = {number: token for token, number in found.items()}
+    # Of two names for one token, as Gemma has for the tab, the byte's is taken where the tokenizer still knows both.
+    numbers = {number: token for token, number in sorted(found.items(), key=lambda item: _BYTE.fullmatch(item[0]) is not None)}
     if numbers and max(numbers) >= size:
         raise ValueError(
             f"the tokenizer has {max(numbers) + 1} tokens, the embedding {size} rows: {numbers[max(numbers)]!r} has no embedding; "
@@ -127,6 +128,7 @@ def _kind_of(content: dict[str, Any]) -> str:
 
 
 def _types(backend: Tokenizer, tokens: list[str], unknown: str | None = None) -> list[TokenType]:
+    """unknown: the token for what is unknown, in a vocabulary of pieces of text; None for one of bytes."""
     added = backend.get_added_tokens_decoder()
     known = backend.get_vocab(with_added_tokens=True)
     return [_type_of(token, added.get(number), token in known, unknown) for number, token in enumerate(tokens)]
@@ -150,32 +152,38 @@ def _pairs(content: dict[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _scores(content: dict[str, Any], tokens: list[str], types: list[TokenType]) -> list[float]:
-    """Minus the rank of the first merge that makes a token. Raises ValueError where scores cannot say what the merges say."""
-    if missing := [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in content["model"]["vocab"]]:
-        raise ValueError(f"the tokenizer has byte_fallback, but no token {missing[0]}, which llama.cpp needs")
-    ranks: dict[str, list[int]] = {}
+def _scores(content: dict[str, Any], tokens: list[str], types: list[TokenType], check: bool) -> list[float]:
+    """Minus the rank of the first merge that makes a token. Raises ValueError where scores cannot say what the merges say, if `check`."""
+    known = set(tokens)
+    if missing := [byte for byte in range(256) if f"<0x{byte:02X}>" not in known and (byte > 127 or chr(byte) not in known)]:
+        raise ValueError(f"the tokenizer has byte_fallback, but no token <0x{missing[0]:02X}>, which llama.cpp needs")
     pairs = _pairs(content)
+    ranks: dict[str, list[int]] = {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, []).append(rank)
+    if check and (difference := _difference(tokens, types, set(pairs), ranks)):
+        raise ValueError(
+            f"{difference}, but llama.cpp's SentencePiece algorithm would: its tokens would differ; "
+            "give pre_tokenizer='default' to accept that"
+        )
+    scored = (TokenType.NORMAL, TokenType.BYTE, TokenType.UNKNOWN)
+    others = [0.0 if kind in scored else _UNUSED_SCORE for kind in types]
+    return [-float(ranks[token][0]) if token in ranks else other for token, other in zip(tokens, others, strict=True)]
+
+
+def _difference(tokens: list[str], types: list[TokenType], pairs: set[tuple[str, str]], ranks: dict[str, list[int]]) -> str | None:
+    """What the merges do not do that scores of tokens say."""
     normal = {token for token, kind in zip(tokens, types, strict=True) if kind is TokenType.NORMAL}
-    merges = set(pairs)
     for token in normal:
         for cut in range(1, len(token)):
-            pair = token[:cut], token[cut:]
-            if pair[0] in normal and pair[1] in normal and pair not in merges:
-                raise ValueError(
-                    f"the tokenizer does not merge {pair[0]!r} and {pair[1]!r} to {token!r}, but llama.cpp's SentencePiece "
-                    "algorithm would: its tokens would differ"
-                )
-    ends = sorted((found[0], found[-1], token) for token, found in ranks.items())
+            left, right = token[:cut], token[cut:]
+            if left in normal and right in normal and (left, right) not in pairs:
+                return f"the tokenizer does not merge {left!r} and {right!r} to {token!r}"
+    ends = sorted((found[0], found[-1], token) for token, found in ranks.items() if token in normal)
     for (_, last, token), (first, _, other) in itertools.pairwise(ends):
         if first < last:
-            raise ValueError(f"the merges for {token!r} and {other!r} are mixed, which scores of tokens cannot say: llama.cpp would differ")
-    usual = {TokenType.NORMAL: 0.0, TokenType.BYTE: 0.0, TokenType.UNKNOWN: 0.0}
-    return [
-        -float(ranks[token][0]) if token in ranks else usual.get(kind, _UNUSED_SCORE) for token, kind in zip(tokens, types, strict=True)
-    ]
+            return f"the tokenizer does not do all of its merges for {token!r} before those for {other!r}"
+    return None
 
 
 def _adds_space(content: dict[str, Any]) -> bool:

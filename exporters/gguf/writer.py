@@ -53,8 +53,10 @@ def export(
     Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
     tensors that turn out to hold something unfit are found before anything is written.
     """
-    config, wanted = checkpoint.config, type_of(type)
+    config, wanted = checkpoint.config.get_text_config(), type_of(type)
     architecture = find_architecture(config)
+    if config is not checkpoint.config:
+        logger.warning("the file holds the text model of %s; images are not exported to GGUF", checkpoint.label)
     plan = make_plan(((entry[0], entry[1]) for entry in checkpoint.names()), config, architecture)
     vocabulary = read_vocabulary(
         tokenizer or load_tokenizer(checkpoint.directory, checkpoint.label), plan.shapes["token_embd.weight"][0], config, pre_tokenizer
@@ -96,9 +98,21 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, wanted: Type, given: M
     about.size_label = about.size_label or gguf.size_label(total, shared, expert, experts)
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
+    _check_name(str(about.name), writer)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted is Type.F32 else f"MOSTLY_{wanted.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return about
+
+
+def _check_name(name: str, writer: GGUFWriter) -> None:
+    """Raises ValueError for a name from which llama.cpp concludes that there are tokens, and fails to load the file when there are not."""
+    tokens = set(writer.kv_data[0]["tokenizer.ggml.tokens"].value)
+    missing = sorted({"</s>", "<unk>", "<s>", "<|endoftext|>"} - tokens)
+    if missing and any(part in name.lower() for part in ("phi-3", "phi3")):
+        raise ValueError(
+            f"llama.cpp takes a model named {name!r} for Phi-3 and looks for tokens that this tokenizer lacks ({missing[0]}): "
+            "give another name in metadata"
+        )
 
 
 def _target(path: Path, about: Metadata, encoding: str) -> Path:
@@ -175,6 +189,10 @@ def _new_files(writer: GGUFWriter, target: Path, overwrite: bool) -> Iterator[tu
         yield files, partial / target.name
         for file in files:
             (partial / file.name).replace(file)
+    except OSError as error:
+        if error.filename is not None:  # what failed was opening another file
+            raise
+        raise OSError(error.errno, f"{target} could not be written ({error.strerror}); nothing of it is left") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,10 @@ class Runtime:
         tokens: list[int] = self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
         return tokens
 
+    def detokenize(self, tokens: list[int]) -> str:
+        text: str = self.post("/detokenize", tokens=tokens)["content"]
+        return text
+
     def log_probabilities(self, tokens: list[int], vocabulary: int) -> dict[int, float]:
         """Of the next token. The server reports nothing when it samples a part of a character, so it is made to sample another token."""
         whole = self.tokenize("x")[-1]
@@ -163,7 +168,9 @@ def divergence() -> Callable[..., float]:
             assert len(numbers) > 0.4 * logits.shape[-1]
             mine, theirs = logits[n - 1][numbers], torch.tensor([found[int(number)] for number in numbers]).double()
             rest = (1 - mine.exp().sum()).clamp(min=1e-12), (1 - theirs.exp().sum()).clamp(min=1e-12)
-            worst = max(worst, float((mine.exp() * (mine - theirs)).sum() + rest[0] * (rest[0] / rest[1]).log()))
+            divergence = float((mine.exp() * (mine - theirs)).sum() + rest[0] * (rest[0] / rest[1]).log())
+            assert math.isfinite(divergence)
+            worst = max(worst, divergence)
         return worst
 
     return measure

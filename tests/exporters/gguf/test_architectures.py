@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf import export
@@ -34,7 +35,7 @@ LONGROPE = dict(
 )
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
 }
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": dict(model_type="gemma2", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
     "gemma3": dict(model_type="gemma3_text", **GEMMA, num_hidden_layers=7, rope_parameters=GEMMA3_ROPE, use_bidirectional_attention=False),
     "phi3": dict(model_type="phi3", sliding_window=None),
-    "phi3, longrope": dict(model_type="phi3", rope_parameters=LONGROPE, sliding_window=None, num_key_value_heads=4),
+    "phi3, longrope": dict(
+        model_type="phi3", rope_parameters=LONGROPE, original_max_position_embeddings=256, sliding_window=None, num_key_value_heads=4
+    ),
     "phi3, partly rotated": dict(
         model_type="phi3", sliding_window=None, rope_parameters=dict(partial_rotary_factor=0.5, rope_theta=10000.0)
     ),
@@ -69,7 +72,7 @@ def build(
 
     def make(name: str, path: Path) -> tuple[Any, Any]:
         tokenizer = tokenizers[name.startswith(("llama", "mistral", "gemma"))]
-        options = {**SIZES, "vocab_size": len(tokenizer) + 3, **MODELS[name]}
+        options = {**SIZES, "vocab_size": len(tokenizer) + 3, **copy.deepcopy(MODELS[name])}  # configs change what they are given
         model = random_model(AutoConfig.for_model(options.pop("model_type"), **options))
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
@@ -90,6 +93,21 @@ def test_llama_cpp_computes_what_transformers_does(
     assert divergence(model, llama, tokens) < 1e-6
     expected = model.generate(torch.tensor([tokens]), max_new_tokens=24, do_sample=False, suppress_tokens=[2])[0, len(tokens) :].tolist()
     assert llama.generate(tokens, 24) == expected
+
+
+def test_of_a_model_that_sees_images_the_text_model_is_exported(
+    build: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = build("gemma3", tmp_path / "text")
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    config = Gemma3Config(text_config=model.config.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    whole = Gemma3ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(model.model.state_dict())
+    whole.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type="F32", progress=False)
+    assert "images are not exported" in caplog.text
+    assert divergence(model, runtime(file), tokenizer(texts[0]).input_ids) < 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("mistral", "mixtral")])  # its reader knows neither

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 from collections.abc import Callable
@@ -15,8 +16,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from awq_hf import AwqLinear, QuantSpec
+from awq_hf.affine import choose_grid, dequantize_weight, quantize, to_quantized_weight
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf import encode, export, writer
 
@@ -143,7 +147,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: p
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="large"):
+        with pytest.raises(OSError, match=r"model.gguf could not be written \(File too large\); nothing of it is left"):
             write(folder, path, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -206,6 +210,48 @@ def test_quantized_weights_are_permuted_and_dequantized(
             torch.testing.assert_close(found[name], expected, rtol=0, atol=0)
 
 
+@pytest.fixture(scope="module")
+def experts(random_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Mixtral whose experts are quantized, each under its own name as on the Hub; and the same dequantized."""
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
+    config = AutoConfig.for_model("mixtral", **sizes, num_local_experts=4, sliding_window=None, pad_token_id=0)
+    dense, packed = (tmp_path_factory.mktemp("experts") / name for name in ("dense", "awq"))
+    random_model(config).save_pretrained(dense)
+    stored = load_file(dense / "model.safetensors")
+    quantized = dict(stored)
+    for name in [name for name in stored if ".experts." in name]:
+        spec = QuantSpec(4, 32)
+        grid = choose_grid(stored[name], spec)
+        weight = to_quantized_weight(quantize(stored[name], grid), grid)
+        stored[name] = dequantize_weight(weight)
+        owner = name.removesuffix(".weight")
+        quantized |= {f"{owner}.{part}": value.data for part, value in AwqLinear.from_quantized(weight).named_parameters()}
+        del quantized[name]
+    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
+    packed.mkdir()
+    save_file(quantized, packed / "model.safetensors", metadata={"format": "pt"})
+    description = dict(quant_method="awq", bits=4, group_size=32, zero_point=True, version="gemm")
+    content = json.loads((dense / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**content, "quantization_config": description}))
+    return dense, packed
+
+
+def test_quantized_experts_are_stacked(experts: Any, byte_level: Any, runtime: Any, divergence: Any, tmp_path: Path) -> None:
+    dense, packed = experts
+    file = export(open_checkpoint(packed), tmp_path / "model.gguf", type="F32", tokenizer=byte_level(), progress=False)[0]
+    assert tuple(tensors(file)["blk.1.ffn_down_exps.weight"].shape) == (96, 64, 4)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    assert divergence(model, runtime(file), [5, 6, 7, 8, 9, 100, 200, 300]) < 1e-6
+
+
+@pytest.mark.parametrize("expert", [1, 3])
+def test_a_missing_expert_is_named(experts: Any, expert: int, byte_level: Any, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(experts[0])
+    del checkpoint.headers[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"]
+    with pytest.raises(ValueError, match=rf"4 experts, but the checkpoint has 3 for blk.1.ffn_down_exps.weight \(missing: \[{expert}\]\)"):
+        export(checkpoint, tmp_path / "model.gguf", tokenizer=byte_level(), progress=False)
+
+
 _KINDS = ["full_attention", "sliding_attention", "full_attention"]
 
 
@@ -260,9 +306,12 @@ def test_a_window_that_llama_cpp_does_not_compute_limits_the_context(
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
     for kind, expected in (("mistral", 32), ("phi3", 32)):
         config = AutoConfig.for_model(kind, **sizes, sliding_window=32, max_position_embeddings=256, pad_token_id=0)
+        checkpoint, options = open_checkpoint(random_model(config)), dict(tokenizer=byte_level(), progress=False)
         with caplog.at_level(logging.WARNING, "awq_hf"):
-            (file,) = export(open_checkpoint(random_model(config)), tmp_path / kind, tokenizer=byte_level(), progress=False)
+            (file,) = export(checkpoint, tmp_path / kind, metadata={"name": "x"}, **options)
         found = fields(file)
         assert found[f"{found['general.architecture']}.context_length"] == expected
         assert "llama.cpp has no sliding window" in caplog.text
     assert found["phi3.attention.sliding_window"] == 32
+    with pytest.raises(ValueError, match=r"llama.cpp takes a model named 'Phi3ForCausalLM' for Phi-3 .*\(</s>\): give another name"):
+        export(checkpoint, tmp_path, **options)
