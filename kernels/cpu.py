@@ -137,7 +137,7 @@ def linear(x: Tensor, words: Tensor, steps: Tensor, scales: Tensor, zeros: Tenso
     """y = x W^T + bias for a problem that `supports` accepts.
 
     x: [tokens, in], float32, bfloat16 or float16; words, steps, scales, zeros: as in `CpuWeight`; bias: [out], any float dtype.
-    Returns [tokens, out] in x's dtype. The same bits every run, whatever the number of threads.
+    Returns [tokens, out] in x's dtype. The same bits every run; up to CROSSOVER tokens also whatever the number of threads.
     """
     x = torch.nn.functional.pad(x, (0, words.shape[1] * 2 - x.shape[1])) if x.shape[1] % COLUMNS else x
     if x.shape[0] <= CROSSOVER[x.dtype]:

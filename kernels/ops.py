@@ -1,4 +1,4 @@
-"""Registration with torch: one op for a quantized Linear, one for experts, behind which the kernel changes with the device, the layout and the tokens."""
+"""Registration with torch: an op for a quantized Linear and one for experts, behind which kernels change with device, layout and tokens."""
 
 from __future__ import annotations
 
