@@ -212,8 +212,9 @@ def _add_special(vocabulary: Vocabulary, tokenizer: Any, config: PreTrainedConfi
     """Special tokens by their role, and whether they are put around a text."""
     for name in ("bos", "eos", "unk", "sep", "pad", "mask"):
         number = getattr(tokenizer, f"{name}_token_id", None)
-        if number is None and isinstance(stated := getattr(config, f"{name}_token_id", None), int):
-            number = stated
+        if number is None:
+            stated = getattr(config, f"{name}_token_id", None)
+            number = stated[0] if isinstance(stated, list) else stated
         if number is not None and 0 <= number < len(vocabulary.tokens):
             vocabulary.special[name] = number
     text, around = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids

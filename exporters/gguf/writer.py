@@ -20,10 +20,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from torch import Tensor
 
 from awq_hf.exporters.gguf.architectures import find_architecture
-from awq_hf.exporters.gguf.encode import Rows, choose_type, encode, n_bytes, n_rows, rotary_order, select, type_of
+from awq_hf.exporters.gguf.encode import Rows, encode, n_bytes, n_rows, rotary_order, select
 from awq_hf.exporters.gguf.names import Place, add_shape, make_plan, origin
 from awq_hf.exporters.gguf.rope import add_rope
 from awq_hf.exporters.gguf.tokenizer import load_tokenizer, read_vocabulary
+from awq_hf.exporters.gguf.types import AUTO, assign, check_name, file_type, most_used
+from awq_hf.spec import EncodedWeight
 
 if TYPE_CHECKING:
     from awq_hf.exporters.checkpoint import Checkpoint
@@ -37,7 +39,11 @@ def export(
     checkpoint: Checkpoint,
     path: str | os.PathLike[str],
     *,
-    type: str = "F16",
+    type: str = "auto",
+    exact: bool = False,
+    encoded: Mapping[str, EncodedWeight] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    types: Mapping[str, Type] | None = None,
     tokenizer: Any = None,
     pre_tokenizer: str | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -48,12 +54,15 @@ def export(
     """Write `checkpoint` as a GGUF file and return its path; with shard_size, in bytes, the paths of its parts.
 
     path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf. type: of the
-    matrices; vectors are float32. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it,
+    matrices, or a mix, as `types.names` lists them; auto: quantized weights keep their codes, in the smallest type that holds them, and
+    float matrices become Q8_0. exact: quantized weights become the same weights bit for bit, and float matrices stay as they are.
+    encoded: weights by their names in the checkpoint that are blocks already, and take the place of the checkpoint's; importance: E[x^2]
+    of a matrix's input, by its name in the file; types: by name in the file, over what `type` says. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it,
     where it cannot be found out. metadata: general.* by name (name, version, license, quantized_by, ...), beyond what the model card says.
     Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
     tensors that turn out to hold something unfit are found before anything is written.
     """
-    config, wanted = checkpoint.config.get_text_config(), type_of(type)
+    config, wanted = checkpoint.config.get_text_config(), check_name(type)
     architecture = find_architecture(config)
     if config is not checkpoint.config:
         logger.warning("the file holds the text model of %s; images are not exported to GGUF", checkpoint.label)
@@ -65,13 +74,13 @@ def export(
     extra = add_rope(writer, config, architecture)
     add_shape(writer, config, architecture)
     vocabulary.add_to(writer)
-    types = {name: choose_type(name, shape, wanted) for name, shape in plan.shapes.items()}
+    kinds = assign(plan, {entry.name: entry.kind for entry in checkpoint.names()}, config, wanted, exact) | dict(types or {})
     for name, tensor in extra.items():
         _declare(writer, name, tuple(tensor.shape), Type.F32)
     for name, shape in plan.shapes.items():
-        _declare(writer, name, shape, types[name])
-    about = _describe(writer, checkpoint, wanted, metadata or {})
-    target = _target(Path(path), about, type)
+        _declare(writer, name, shape, kinds[name])
+    about = _describe(writer, checkpoint, file_type(wanted, kinds), metadata or {})
+    target = _target(Path(path), about, most_used(kinds).name if wanted == AUTO else wanted)
     with _new_files(writer, target, overwrite) as (files, temporary):
         layout = _Layout(writer, temporary)
         with layout, _bar(layout.total, progress) as advance:
@@ -79,9 +88,10 @@ def export(
                 layout.write(name, 0, encode(tensor, Type.F32), advance)
             for name, value in checkpoint.items():
                 if name in plan.places:
-                    place = plan.places[name]
+                    target_name = plan.places[name].target
+                    rows, columns = (encoded or {}).get(name, value), (importance or {}).get(target_name)
                     try:
-                        _write_tensor(layout, place, value, plan.shapes[place.target], types[place.target], advance)
+                        _write_tensor(layout, plan.places[name], rows, plan.shapes[target_name], kinds[target_name], columns, advance)
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
     return files
@@ -91,7 +101,7 @@ def _declare(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Type) 
     writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes(shape, kind), raw_dtype=kind)
 
 
-def _describe(writer: GGUFWriter, checkpoint: Checkpoint, wanted: Type, given: Mapping[str, str]) -> Metadata:
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint, kind: gguf.LlamaFileType, given: Mapping[str, str]) -> Metadata:
     """Write general.*, and return it."""
     total, shared, expert, experts = writer.get_total_parameter_count()
     about = origin(checkpoint.directory, checkpoint.label, total, given)
@@ -99,7 +109,7 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint, wanted: Type, given: M
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
     _check_name(str(about.name), writer)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted is Type.F32 else f"MOSTLY_{wanted.name}"])
+    writer.add_file_type(kind)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return about
 
@@ -159,7 +169,9 @@ class _Layout:
             file.close()
 
 
-def _write_tensor(layout: _Layout, place: Place, value: Rows, shape: tuple[int, ...], kind: Type, advance: Any) -> None:
+def _write_tensor(
+    layout: _Layout, place: Place, value: Rows, shape: tuple[int, ...], kind: Type, importance: Tensor | None, advance: Any
+) -> None:
     if place.heads:
         value = select(value, rotary_order(n_rows(value), place.heads))
     if place.offset:
@@ -169,9 +181,14 @@ def _write_tensor(layout: _Layout, place: Place, value: Rows, shape: tuple[int, 
     start = (place.expert or 0) * n_bytes(shape[1:], kind)
     step = max(1, _CHUNK // width) if len(shape) > 1 else n_rows(value)
     for first in range(0, n_rows(value), step):
-        data = encode(select(value, slice(first, first + step)), kind)
+        data = encode(select(value, slice(first, first + step)), kind, _of_expert(importance, place))
         layout.write(place.target, start, data, advance)
         start += data.nbytes
+
+
+def _of_expert(importance: Tensor | None, place: Place) -> Tensor | None:
+    """[k] of [experts, k]."""
+    return importance[place.expert] if importance is not None and importance.ndim == 2 and place.expert is not None else importance
 
 
 @contextmanager

@@ -130,6 +130,17 @@ def test_shards_hold_the_same_and_run(folder: Path, model: Any, size: int, runti
         write(folder, tmp_path / "parts.gguf", type="F32", shard_size=size)
 
 
+def test_a_head_that_is_tied_is_not_written_twice(tiny_llama: Any, byte_level: Any, tmp_path: Path) -> None:
+    """Some checkpoints hold it all the same. The sizes are those of no alignment: the file ends aligned, as readers expect."""
+    tiny_llama(vocab_size=500, hidden_size=36, num_attention_heads=2, tie_word_embeddings=True).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    head = torch.zeros_like(stored["model.embed_tokens.weight"])
+    save_file({**stored, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (file,) = write(tmp_path, tmp_path / "model.gguf", tokenizer=byte_level())
+    assert "output.weight" not in tensors(file)
+    assert [file.stat().st_size % 32, GGUFReader(file).tensors[-1].n_bytes % 32] == [0, 16]
+
+
 def test_an_existing_file_stays_unless_overwritten(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_text("old")
