@@ -36,6 +36,10 @@ from awq_hf.transforms.correction import corrected_target
 
 JUDGED_ROWS = 256  # of a weight, that the target's own quantizer judges smoothing scales by
 
+# Of the correlations of inputs, towards none: what codes are fitted to should hold for other text as well. Measured on the demonstration
+# model at Q4_K_M: KL .0074 without, .0060 with 0.3 and 0.6; on calibration text of another kind .0098, .0077 and .0070.
+SHRINKAGE = 0.5
+
 # What resembles a type closely enough to leave the best few scales to its own quantizer.
 PROXIES = {
     Type.Q2_K: QuantSpec(2, 16),
@@ -193,7 +197,9 @@ def codes_together(weight: Tensor, data: Tensor, kind: Type, H: Tensor) -> Tenso
     found = steps_of(data.numpy(), kind)
     steps, offsets = (torch.from_numpy(values).to(weight.device) for values in (found.steps, found.offsets))
     scales = torch.where(steps == 0, MIN_SCALE, steps)  # of sub-blocks that are constant, whatever their codes
-    codes = codes_by_descent(weight, Grid(scales, offsets / scales, _Codes(found.top)), H)
+    shrunk = H * (1 - SHRINKAGE)
+    shrunk.diagonal().copy_(H.diagonal())
+    codes = codes_by_descent(weight, Grid(scales, offsets / scales, _Codes(found.top)), shrunk)
     return torch.from_numpy(with_codes(data.numpy(), kind, codes.to(torch.uint8).cpu().numpy()))
 
 

@@ -65,31 +65,7 @@ class AwqHfQuantizer(HfQuantizer):
         plan = make_plan(model, recipe)
         if config.output_dir is not None:
             check_room(config.output_dir.parent, stored_bytes(model, plan))
-        with torch.device("cpu"):  # from_pretrained builds its model under the meta device
-            tokenizer = self._tokenizer(model)
-            windows = load_windows(config.calibration, tokenizer, recipe.seq_len, samples=recipe.samples, seed=recipe.seed)
-            vocabulary = model.get_input_embeddings().weight.shape[0]
-            windows = check_windows(windows, recipe.samples * recipe.seq_len, tokenizer, vocabulary)
-            self.windows = windows.sample(recipe.samples, recipe.seed)
-
-    def _tokenizer(self, model: Any) -> Any:
-        """A tokenizer, or a processor that has one; None where the calibration is tokens already."""
-        config = self.quantization_config
-        if is_tokens(config.calibration):
-            return None
-        source = config.tokenizer or model.config.name_or_path
-        if not isinstance(source, (str, os.PathLike)):
-            return source
-        try:
-            return AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            processor = _processor(source)
-            if processor is None:
-                raise ValueError(
-                    f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "
-                    "AwqConfig(tokenizer=...), or calibration as a list of token tensors"
-                ) from error
-            return processor
+        self.windows = calibration_windows(model, config, recipe)
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         if self.pre_quantized:
@@ -137,6 +113,35 @@ class AwqHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # adapters on it: gradients reach the inputs of quantized Linears, not their codes
+
+
+def calibration_windows(model: Any, config: AwqConfig, recipe: Recipe) -> Windows:
+    """The windows that `config` asks for, with a tokenizer from beside the model. Raises ValueError for what calibration cannot use."""
+    with torch.device("cpu"):  # from_pretrained builds its model under the meta device
+        tokenizer = _tokenizer(model, config)
+        windows = load_windows(config.calibration, tokenizer, recipe.seq_len, samples=recipe.samples, seed=recipe.seed)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        windows = check_windows(windows, recipe.samples * recipe.seq_len, tokenizer, vocabulary)
+        return windows.sample(recipe.samples, recipe.seed)
+
+
+def _tokenizer(model: Any, config: AwqConfig) -> Any:
+    """A tokenizer, or a processor that has one; None where the calibration is tokens already."""
+    if is_tokens(config.calibration):
+        return None
+    source = config.tokenizer or model.config.name_or_path
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        processor = _processor(source)
+        if processor is None:
+            raise ValueError(
+                f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "
+                "AwqConfig(tokenizer=...), or calibration as a list of token tensors"
+            ) from error
+        return processor
 
 
 def _complete(model: Any, directory: str) -> None:

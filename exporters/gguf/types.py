@@ -61,7 +61,12 @@ MIXES: dict[str, tuple[Type, dict[str, Rule]]] = {
     ),
     "Q3_K_L": (
         Type.Q3_K,
-        {"attn_v": lambda at: Type.Q5_K, "attn_output": lambda at: Type.Q5_K, "attn_qkv": lambda at: Type.Q4_K, "ffn_down": lambda at: Type.Q5_K},
+        {
+            "attn_v": lambda at: Type.Q5_K,
+            "attn_output": lambda at: Type.Q5_K,
+            "attn_qkv": lambda at: Type.Q4_K,
+            "ffn_down": lambda at: Type.Q5_K,
+        },
     ),
     "Q4_K_S": (
         Type.Q4_K,
@@ -99,14 +104,15 @@ _NARROW = {
     Type.Q6_K: Type.Q8_0,
 }
 
+_PLAIN = (Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q5_1, Type.Q5_0, Type.Q4_K, Type.Q4_1, Type.Q4_0, Type.Q3_K, Type.Q2_K)
+
 # What general.file_type calls a file whose matrices are mostly of a type, where that has no name of its own.
 _FILE_TYPES = {"Q2_K_M": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
 
 
 def names() -> list[str]:
     """What can be asked for, beside "auto": types for all matrices alike, and mixes."""
-    plain = [kind.name for kind in (*FLOATS, Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q5_1, Type.Q5_0, Type.Q4_K, Type.Q4_1, Type.Q4_0)]
-    return [*plain, Type.Q3_K.name, Type.Q2_K.name, *MIXES]
+    return [*(kind.name for kind in (*FLOATS, *_PLAIN)), *MIXES]
 
 
 def check_name(wanted: str) -> str:
@@ -202,5 +208,7 @@ def _of_quantized(name: str, spec: QuantSpec, width: int, wanted: Type | None, e
     if reason := misfit(spec, width, wanted):
         raise ValueError(f"{name}: {reason}")
     if exact and wanted not in fits:
-        raise ValueError(f"{name}: {wanted.name} holds the codes, but not the scales bit for bit; exact are {', '.join(k.name for k in fits)}")
+        raise ValueError(
+            f"{name}: {wanted.name} holds the codes, but not the scales bit for bit; exact are {', '.join(k.name for k in fits)}"
+        )
     return wanted

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from awq_hf.exporters.gguf.architectures import find_architecture
 from awq_hf.exporters.gguf.encode import Rows, encode, n_bytes, n_rows, rotary_order, select
-from awq_hf.exporters.gguf.names import Place, add_shape, make_plan, origin
+from awq_hf.exporters.gguf.names import Place, Plan, add_shape, make_plan, origin
 from awq_hf.exporters.gguf.rope import add_rope
 from awq_hf.exporters.gguf.tokenizer import load_tokenizer, read_vocabulary
 from awq_hf.exporters.gguf.types import AUTO, assign, check_name, file_type, most_used
@@ -53,12 +53,13 @@ def export(
 ) -> list[Path]:
     """Write `checkpoint` as a GGUF file and return its path; with shard_size, in bytes, the paths of its parts.
 
-    path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf. type: of the
-    matrices, or a mix, as `types.names` lists them; auto: quantized weights keep their codes, in the smallest type that holds them, and
-    float matrices become Q8_0. exact: quantized weights become the same weights bit for bit, and float matrices stay as they are.
-    encoded: weights by their names in the checkpoint that are blocks already, and take the place of the checkpoint's; importance: E[x^2]
-    of a matrix's input, by its name in the file; types: by name in the file, over what `type` says. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it,
-    where it cannot be found out. metadata: general.* by name (name, version, license, quantized_by, ...), beyond what the model card says.
+    path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf.
+    type: of the matrices, or a mix, as `types.names` lists them; vectors are float32. auto: quantized weights keep their codes, in the
+    smallest type that holds them, and float matrices become Q8_0. exact: quantized weights become the same weights bit for bit, and float
+    matrices stay as they are. encoded: weights by their names in the checkpoint that are blocks already, and take the place of the
+    checkpoint's. importance: E[x^2] of a matrix's input, [k] or [experts, k], by its name in the file. types: by name in the file, over
+    what `type` says. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it, where it cannot
+    be found out. metadata: general.* by name (name, version, license, quantized_by, ...), beyond what the model card says.
     Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
     tensors that turn out to hold something unfit are found before anything is written.
     """
@@ -66,7 +67,7 @@ def export(
     architecture = find_architecture(config)
     if config is not checkpoint.config:
         logger.warning("the file holds the text model of %s; images are not exported to GGUF", checkpoint.label)
-    plan = make_plan(((entry[0], entry[1]) for entry in checkpoint.names()), config, architecture)
+    plan = plan_tensors(checkpoint)
     vocabulary = read_vocabulary(
         tokenizer or load_tokenizer(checkpoint.directory, checkpoint.label), plan.shapes["token_embd.weight"][0], config, pre_tokenizer
     )
@@ -74,7 +75,7 @@ def export(
     extra = add_rope(writer, config, architecture)
     add_shape(writer, config, architecture)
     vocabulary.add_to(writer)
-    kinds = assign(plan, {entry.name: entry.kind for entry in checkpoint.names()}, config, wanted, exact) | dict(types or {})
+    kinds = plan_types(checkpoint, plan, wanted, exact) | dict(types or {})
     for name, tensor in extra.items():
         _declare(writer, name, tuple(tensor.shape), Type.F32)
     for name, shape in plan.shapes.items():
@@ -95,6 +96,18 @@ def export(
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
     return files
+
+
+def plan_tensors(checkpoint: Checkpoint) -> Plan:
+    """Where the checkpoint's tensors go in the file. Raises ValueError as `export` does."""
+    config = checkpoint.config.get_text_config()
+    return make_plan(((entry.name, entry.shape) for entry in checkpoint.names()), config, find_architecture(config))
+
+
+def plan_types(checkpoint: Checkpoint, plan: Plan, wanted: str, exact: bool = False) -> dict[str, Type]:
+    """The types of the file's tensors, as `types.assign` says."""
+    kinds = {entry.name: entry.kind for entry in checkpoint.names()}
+    return assign(plan, kinds, checkpoint.config.get_text_config(), wanted, exact)
 
 
 def _declare(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Type) -> None:

@@ -98,11 +98,9 @@ def test_types_of_tensors(folder: Path, tmp_path: Path) -> None:
     vectors = {name for name, kind in found.items() if kind is Type.F32}
     assert vectors == {name for name in found if name.endswith((".bias", "norm.weight"))}
     assert {found[name] for name in found.keys() - vectors} == {Type.Q8_0}
-    assert encode.choose_type("blk.0.ffn_down.weight", (64, 100), Type.Q8_0) is Type.F16
-    assert encode.choose_type("blk.0.ffn_gate_inp.weight", (8, 64), Type.Q8_0) is Type.F32
 
 
-@pytest.mark.parametrize("kind", encode.TYPES)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_of_the_reference(kind: str, dtype: torch.dtype) -> None:
     rows = (torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 3, 64)[:, None]).to(dtype)
