@@ -48,7 +48,7 @@ ALLOWED = {
     "to_gguf": "blocks config encoding exporters hf_quantizer compat report",
     "output": "",
     "api": "config hf_quantizer compat exporters output",
-    "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat",
+    "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat output",
     "model_cards": "",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
