@@ -112,7 +112,7 @@ _FILE_TYPES = {"Q2_K_M": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5
 
 def names() -> list[str]:
     """What can be asked for, beside "auto": types for all matrices alike, and mixes."""
-    return [*(kind.name for kind in (*FLOATS, *_PLAIN)), *MIXES]
+    return [*(kind.name for kind in FLOATS), *(kind.name for kind in _PLAIN), *MIXES]
 
 
 def check_name(wanted: str) -> str:
