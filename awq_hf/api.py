@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from awq_hf.compat import class_of, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
-from awq_hf.exporters.table import exporter
+from awq_hf.exporters.table import GGUF, exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole
 
@@ -66,12 +66,17 @@ def export(
 
     model: a quantized or float model in memory, or a directory or Hub id of one: our checkpoints, AWQ checkpoints of other programs,
     float ones. Of files, one tensor is in memory at a time, and what a shard of the output holds.
-    target: "awq", "compressed-tensors", "gptq" or "dense". path: the directory to write; overwrite: replace what is there.
+    target: "awq", "compressed-tensors", "gptq", "dense" or "gguf". path: the directory to write, for gguf also a file; overwrite: replace
+    what is there. A float model becomes GGUF by a search of its own, see `to_gguf.to_gguf`, which also lists gguf's options.
     options: max_shard_size ("4GB"); of dense, dtype (float16, bfloat16, float32, auto); revision, cache_dir, token, local_files_only
     for the Hub. Raises ValueError for what the target cannot hold, TypeError for options it does not have, and FileExistsError; before
     anything is written, which is done whole or not at all.
     """
     location = {key: options.pop(key) for key in HUB_LOCATION if key in options}
+    if target == GGUF:
+        from awq_hf.to_gguf import to_gguf  # not above: most programs never need the gguf package
+
+        return to_gguf(model, path, overwrite=overwrite, location=location, **options).files[0]
     write = exporter(target, options)
     place = check_output(path, overwrite)
     checkpoint = open_checkpoint(model, **location)

@@ -45,6 +45,8 @@ class AwqConfig(TransformersAwqConfig):
         in float.
     tokenizer: a tokenizer, or a processor that has one, or the path or Hub id of either, where the one beside the model is not the
         right one (or there is none).
+    scales_for: "Q4_K" or "Q4_1": scales that this GGUF type holds exactly, so that a GGUF file exported from the result has identical
+        weights; costs next to nothing.
     scale, clip, rounding, correction, stream: the parts of the method, see awq_hf.recipe.Recipe.
 
     Raises ValueError on values that do not exist and TypeError on options that do not exist.
@@ -69,6 +71,7 @@ class AwqConfig(TransformersAwqConfig):
         rounding: str = "descent",
         correction: bool = True,
         stream: str = "quantized",
+        scales_for: str | None = None,
         tokenizer: Any = None,
         version: str | None = None,
         backend: str = "auto",
@@ -86,7 +89,7 @@ class AwqConfig(TransformersAwqConfig):
         # After the base class, which has attributes of the same names for GPTQ.
         self.calibration, self.samples, self.seq_len, self.seed, self.batch_size = calibration, samples, seq_len, seed, batch_size
         self.scale, self.clip, self.rounding, self.correction, self.stream = scale, clip, rounding, correction, stream
-        self.tokenizer, self.backend = tokenizer, backend
+        self.scales_for, self.tokenizer, self.backend = scales_for, tokenizer, backend
         self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
         self.output_dir: Path | None = None  # where quantize() will write: checked for room before any work
         self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
@@ -126,6 +129,7 @@ class AwqConfig(TransformersAwqConfig):
             clip=ClipOptions() if self.clip else None,
             rounding=self.rounding,
             stream=self.stream,  # type: ignore[arg-type]
+            scales_for=self.scales_for,
             correction=self.correction,
             skip=tuple(self.modules_to_not_convert or ()),
             overrides=tuple((part, None if options is None else self._override(part, options)) for part, options in self.overrides.items()),

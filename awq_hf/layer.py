@@ -12,7 +12,9 @@ from torch import Tensor
 from awq_hf.affine import Grid, choose_grid, dequantize
 from awq_hf.calibration.stats import Moments, OutputError
 from awq_hf.recipe import Recipe
-from awq_hf.rounding import ROUNDERS
+from awq_hf.representable import representable
+from awq_hf.rounding import ROUNDERS, Rounder
+from awq_hf.rounding.descent import codes_by_descent
 from awq_hf.rounding.gptq import RoundingFailed
 from awq_hf.spec import QuantSpec
 from awq_hf.transforms.awq_clip import search_clip
@@ -50,10 +52,11 @@ def round_together(weights: list[Tensor], spec: QuantSpec, recipe: Recipe, train
     if recipe.clip is not None:
         with timed("clip search"):
             start = search_clip(target, H, spec, recipe.clip)
+    start = _storable(start, target, recipe)
     method, failure = recipe.rounding, None
     with timed("rounding"):
         try:
-            codes, grid = ROUNDERS[method](target, start, H)
+            codes, grid = _rounder(recipe)(target, start, H)
         except RoundingFailed as error:
             method, failure = "nearest", str(error)
             codes, grid = ROUNDERS[method](target, start, H)
@@ -63,6 +66,22 @@ def round_together(weights: list[Tensor], spec: QuantSpec, recipe: Recipe, train
         clip = float((start.scales[rows] / unclipped.scales[rows]).mean())
         rounded.append(Rounded(codes[rows], grid.rows(rows), method, clip, strength, failure))
     return rounded
+
+
+def _storable(grid: Grid, weight: Tensor, recipe: Recipe) -> Grid:
+    """The grid with scales that the recipe's GGUF type holds exactly, where it names one."""
+    if recipe.scales_for is None:
+        return grid
+    assert isinstance(grid.spec, QuantSpec)
+    scales = representable(grid.scales, grid.zero_points, grid.spec, weight.shape[1], recipe.scales_for)
+    return replace(grid, scales=scales)
+
+
+def _rounder(recipe: Recipe) -> Rounder:
+    """The recipe's rounding; scales that were chosen to be representable stay as they are."""
+    if recipe.scales_for is not None and recipe.rounding == "descent":
+        return lambda weight, grid, H: (codes_by_descent(weight, grid, H), grid)  # noqa: N803
+    return ROUNDERS[recipe.rounding]
 
 
 def best_of(
@@ -82,7 +101,7 @@ def best_of(
     if recipe.clip is not None:
         grids.append(search_clip(weight, H, spec, recipe.clip))
     codes, grid = found.codes, found.grid
-    for simpler_grid in grids:
+    for simpler_grid in (_storable(each, weight, recipe) for each in grids):
         simpler, _ = ROUNDERS["nearest"](weight, simpler_grid, H)
         row_errors = error_of(dequantize(simpler, simpler_grid))
         better = (row_errors < errors)[:, None]  # output channels are independent of each other

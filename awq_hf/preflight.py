@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from awq_hf import representable
 from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.kernels.layout import column_multiple
 from awq_hf.matrices import is_matrix, shape_of
@@ -58,7 +59,7 @@ def sort_out(model: nn.Module, recipe: Recipe) -> tuple[Plan, dict[str, str]]:
         weights = sum(rows * columns for rows, columns in inside.values())
         for name, shape in inside.items():
             spec = recipe.spec_for(name)
-            misfit = None if spec is None else _misfit(*shape, spec)
+            misfit = None if spec is None else _misfit(*shape, spec, recipe)
             if spec is None:
                 left[name] = SKIPPED
             elif misfit and shape[0] * shape[1] <= SMALL * weights:
@@ -82,12 +83,12 @@ def _others(model: nn.Module, prefix: str, recipe: Recipe) -> Iterable[tuple[str
             yield name, f"{type(module).__name__} is not a plain Linear"
 
 
-def _misfit(out_features: int, in_features: int, spec: QuantSpec) -> str | None:
+def _misfit(out_features: int, in_features: int, spec: QuantSpec, recipe: Recipe) -> str | None:
     if not spec.divides(in_features):
         return f"in_features {in_features} is not divisible by group_size {spec.group_size}"
     if out_features % (multiple := column_multiple(spec.bits)):
         return f"out_features {out_features} is not a multiple of {multiple}, which the 4-bit format needs"
-    return None
+    return None if recipe.scales_for is None else representable.misfit(spec, in_features, recipe.scales_for)
 
 
 def _nothing_to_quantize(model: nn.Module, left: dict[str, str]) -> str:

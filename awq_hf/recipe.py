@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from awq_hf.representable import KINDS
 from awq_hf.rounding import ROUNDERS
 from awq_hf.spec import QuantSpec
 from awq_hf.transforms.awq_clip import ClipOptions
@@ -21,6 +22,7 @@ class Recipe:
     correction: aim at the float model's outputs in spite of the input error of the quantized stream.
     skip: Linears whose name contains one of these are left in float.
     overrides: (part of a name, how those Linears are stored, or None to leave them in float); the first that fits counts.
+    scales_for: "Q4_K" or "Q4_1": scales that this GGUF type holds exactly (awq_hf/representable.py); they are not refitted then.
     samples, seq_len: calibration windows and their tokens; seed draws the windows.
     """
 
@@ -32,6 +34,7 @@ class Recipe:
     correction: bool = True
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+    scales_for: str | None = None
     samples: int = 128
     seq_len: int = 512
     batch_size: int = 8
@@ -40,6 +43,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDERS:
             raise ValueError(f"rounding={self.rounding!r} is not known; choose one of {list(ROUNDERS)}")
+        if self.scales_for not in (None, *KINDS):
+            raise ValueError(f"scales_for={self.scales_for!r} is not known; choose one of {list(KINDS)}")
         if "" in [part for part, _ in self.overrides] or "" in self.skip:
             raise ValueError("an empty string is part of every name; modules_to_not_convert and overrides need parts of names")
         if self.stream not in ("float", "quantized"):

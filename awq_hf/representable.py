@@ -16,6 +16,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from awq_hf.spec import QuantSpec
+
+KINDS = ("Q4_K", "Q4_1")
 SIGNIFICANT = 11  # bits of a float16
 D_BITS = 5  # of d: a_i has up to 6
 TOP = 63  # the highest a_i and m_i
@@ -54,6 +57,26 @@ def for_q4_k(scales: Tensor, zero_points: Tensor) -> Tensor:
             best_large = torch.where(better, new_large, best_large)
             best_small = torch.where(better, new_small, best_small)
     return torch.empty_like(pairs).scatter_(1, order, torch.stack([best_large, best_small], 1)).view(scales.shape)
+
+
+def misfit(spec: QuantSpec, in_features: int, kind: str) -> str | None:
+    """Why no scales make `kind` hold rows quantized by `spec` exactly, or None."""
+    width = spec.group_width(in_features)
+    if kind == "Q4_1" and spec.bits <= 4 and width % 32 == 0:
+        return None
+    if kind == "Q4_K" and spec.bits == 4 and not spec.symmetric and in_features % 256 == 0 and width % 128 == 0:
+        return None
+    needs = (
+        "2 to 4 bits and groups of 32 or more" if kind == "Q4_1" else "4 bits with zero points, groups of 128 and rows of a multiple of 256"
+    )
+    return f"scales_for={kind!r} needs {needs}, not {spec} in rows of {in_features}"
+
+
+def representable(scales: Tensor, zero_points: Tensor, spec: QuantSpec, in_features: int, kind: str) -> Tensor:
+    """Scales near `scales` [out, groups] with which blocks of `kind` hold the weight exactly, for what `misfit` accepts."""
+    if kind == "Q4_1":
+        return for_q4_1(scales, spec.bits)
+    return for_q4_k(scales, zero_points) if spec.group_width(in_features) == 128 else scales
 
 
 def _round(x: Tensor, bits: int) -> Tensor:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from awq_hf import compat
 from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.config import AwqConfig
-from awq_hf.encoding import Encoded, encode_model
+from awq_hf.encoding import encode_model
 from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
+from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.types import AUTO, FLOATS, check_name
 from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types
@@ -46,7 +47,9 @@ def to_gguf(
     exact: bool = False,
     search: bool = True,
     config: AwqConfig | None = None,
-    importance: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    target_bpw: float | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
+    save_imatrix: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     location: Mapping[str, Any] | None = None,
     **options: Any,
@@ -56,15 +59,19 @@ def to_gguf(
     model: a quantized or float model in memory, or a directory or Hub id of one; location: revision and so on, for the Hub.
     An AWQ checkpoint is repacked: the same codes, by default in the smallest type that holds them; exact: the same weights bit for bit.
     A float model becomes `type` (default Q4_K_M), from its float weights: smoothing scales, importance and codes are searched on the
-    calibration text of `config`, whose bits and groups are of no use here. search=False: the type's plain quantizer, with `importance`
-    (E[x^2] by name in the file, as llama.cpp's importance matrices hold it) where given. options: of `exporters.gguf.export`.
+    calibration text of `config`, whose bits and groups are of no use here. search=False: the type's plain quantizer. target_bpw: bits a
+    weight, of all tensors of the file; the types of the blocks' matrices are then chosen by their measured sensitivity. imatrix: an
+    importance matrix of llama.cpp's to use instead of a search; save_imatrix: write that of the search for llama.cpp's own tools, in
+    their older format unless the name ends in .gguf. options: of `exporters.gguf.export`.
     Raises ValueError for what cannot be exported or found in the options, before anything is written.
     """
     checkpoint = open_checkpoint(model, **(location or {}))
-    columns = {name: torch.from_numpy(np.ascontiguousarray(values, np.float32)) for name, values in (importance or {}).items()}
     plan = plan_tensors(checkpoint)
-    if unknown := sorted(columns.keys() - plan.shapes.keys()):
-        raise ValueError(f"the importance matrix has an entry {unknown[0]}, which the model has not: it is of another model")
+    columns = {} if imatrix is None else _importance(imatrix, plan)
+    searched = checkpoint.quantization is None and search and not columns
+    if save_imatrix is not None and (not searched or Path(save_imatrix).exists()):
+        why = "exists; choose another name" if searched else "cannot be saved: only the search of a float model measures importance"
+        raise ValueError(f"the importance matrix {save_imatrix} {why}")
     if checkpoint.quantization is not None:
         types = plan_types(checkpoint, plan, check_name(type or AUTO), exact)
         return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
@@ -74,14 +81,23 @@ def to_gguf(
     if wanted == AUTO:
         raise ValueError(f"type auto is for quantized checkpoints, whose codes decide; choose a type for this float model: {DEFAULT}")
     types = plan_types(checkpoint, plan, wanted)
-    if not search or columns or not set(types.values()) - {*FLOATS, Type.Q8_0}:
+    if not searched or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
-    return _searched(checkpoint, model, plan, types, path, wanted, config or AwqConfig(), device, location or {}, options)
+    return _searched(checkpoint, model, plan, types, path, wanted, config or AwqConfig(), device, location or {}, save_imatrix, options)
+
+
+def _importance(file: str | os.PathLike[str], plan: Plan) -> dict[str, Tensor]:
+    """The entries of a file of llama.cpp's. Raises ValueError for one that is of another model."""
+    found = {name: torch.from_numpy(np.ascontiguousarray(entry.mean, np.float32)) for name, entry in read_imatrix(file).entries.items()}
+    for name, values in found.items():
+        if plan.shapes.get(name, (0,))[-1] != values.shape[-1]:
+            raise ValueError(f"{file} has {values.shape[-1]} columns for {name}, which the model has not: it is of another model")
+    return found
 
 
 def _searched(
     checkpoint: Checkpoint, model: Any, plan: Plan, types: dict[str, Type], path: Any, wanted: str, config: AwqConfig, device: str,
-    location: Mapping[str, Any], options: dict[str, Any],
+    location: Mapping[str, Any], save_imatrix: Any, options: dict[str, Any],
 ) -> GgufExport:  # fmt: skip
     if isinstance(model, PreTrainedModel):
         loaded: Any = copy.deepcopy(model)
@@ -99,12 +115,11 @@ def _searched(
     weights = {name: encoded.weights[module] for name, module in names.items() if module in encoded.weights}
     smoothed = open_checkpoint(loaded)
     files = export(smoothed, path, type=wanted, encoded=weights, types=types, **options)
+    if save_imatrix is not None:
+        means = {plan.places[name].target: encoded.importance[module].numpy() for name, module in names.items()}
+        entries = {name: Entry(mean, np.full(1, windows.tokens, np.float32)) for name, mean in means.items()}
+        write_imatrix(save_imatrix, Imatrix(entries, (windows.source,), len(windows.input_ids), recipe.seq_len))
     return GgufExport(files, types, encoded.report)
-
-
-def importance_of(encoded: Encoded, names: Mapping[str, str], plan: Plan) -> dict[str, Tensor]:
-    """E[x^2] of the model's inputs by name in the file. names: tensor of the checkpoint -> module."""
-    return {plan.places[name].target: encoded.importance[module] for name, module in names.items() if module in encoded.importance}
 
 
 def _linears(model: Any, plan: Plan, types: Mapping[str, Type]) -> dict[str, str]:

@@ -33,7 +33,7 @@ def test_json_and_options(run: Run, quantized_dir: Path, tmp_path: Path) -> None
 
 def test_refusals_are_one_sentence(run: Run, quantized_dir: Path, llama_dir: Path, tmp_path: Path) -> None:
     cases = {
-        ("onnx", quantized_dir): "there is no target 'onnx'; choose one of awq, compressed-tensors, gptq, dense",
+        ("onnx", quantized_dir): "there is no target 'onnx'; choose one of awq, compressed-tensors, gptq, dense, gguf",
         ("awq", quantized_dir, "--dtype", "float16"): "the target awq has no option 'dtype'; it has max_shard_size",
         ("gptq", llama_dir): f"{llama_dir} is not quantized, and the target gptq holds quantized weights; run awq-hf quantize first",
     }

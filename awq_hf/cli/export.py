@@ -3,38 +3,92 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from awq_hf.exporters.table import TARGETS
+from awq_hf.exporters.table import GGUF, TARGETS
 
 EXAMPLES = (
     "Examples:\n\n`awq-hf export compressed-tensors ./llama-awq ./llama-for-vllm`\n\n"
-    "`awq-hf export dense TheBloke/Mistral-7B-v0.1-AWQ ./mistral-bf16 --dtype bfloat16`"
+    "`awq-hf export dense TheBloke/Mistral-7B-v0.1-AWQ ./mistral-bf16 --dtype bfloat16`\n\n"
+    "`awq-hf export gguf ./llama-awq ./llama.gguf` (the same integers)\n\n"
+    "`awq-hf export gguf ./my-llama ./my-llama.gguf --type Q4_K_M --calibration notes.txt` (from float weights)"
 )
+
+Of = typer.Option
 
 
 def export(
-    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}.")],
-    model: Annotated[str, typer.Argument(help="A directory or a Hub id; quantized by AWQ, whoever wrote it, or for dense also float.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
-    dtype: Annotated[str | None, typer.Option(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.")] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Of a file of weights; default: 4GB. As much is in memory.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, {GGUF}.")],
+    model: Annotated[
+        str, typer.Argument(help="A directory or a Hub id; quantized by AWQ, whoever wrote it, or for dense and gguf also float.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty. Of gguf: a file, or where to put one.")],
+    dtype: Annotated[str | None, Of(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.")] = None,
+    max_shard_size: Annotated[str | None, Of(help="Of a file of weights; default: 4GB, of gguf one file. As much is in memory.")] = None,
+    kind: Annotated[
+        str | None,
+        Of(
+            "--type",
+            help="Of gguf: auto (keeps the codes of a quantized model; the default there), Q4_K_M (the default of a float one), ...",
+        ),
+    ] = None,
+    exact: Annotated[bool, Of("--exact", help="Of gguf: types that hold a quantized model's weights bit for bit.")] = False,
+    plain: Annotated[bool, Of("--no-search", help="Of gguf: the type's plain quantizer, without calibration.")] = False,
+    target_bpw: Annotated[float | None, Of(help="Of gguf: types chosen by sensitivity, for so many bits a weight of the file.")] = None,
+    calibration: Annotated[str | None, Of(help="Of gguf: text to calibrate a float model with, as for quantize.")] = None,
+    samples: Annotated[int, Of(help="Of gguf: calibration windows.")] = 128,
+    seq_len: Annotated[int | None, Of(help="Of gguf: tokens in a window.")] = None,
+    imatrix: Annotated[Path | None, Of(help="Of gguf: an importance matrix of llama.cpp's, instead of a search.")] = None,
+    save_imatrix: Annotated[Path | None, Of(help="Of gguf: write the importance matrix for llama.cpp's tools.")] = None,
+    pre_tokenizer: Annotated[str | None, Of(help="Of gguf: llama.cpp's name, where it is not recognized.")] = None,
+    device: Annotated[str, Of(help="Of gguf: where a float model is searched.")] = "cpu",
+    revision: Annotated[str | None, Of(help="Branch, tag or commit, for a Hub id.")] = None,
+    overwrite: Annotated[bool, Of("--overwrite", help="Replace a model that is there.")] = False,
+    as_json: Annotated[bool, Of("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write a model in another program's format, with the same integers. Needs no GPU, and memory for a part of the model only."""
+    """Write a model in another program's format. A quantized one keeps its integers, and needs memory for a part of it only."""
     import awq_hf
+    from awq_hf.exporters.folder import in_bytes
 
-    given = dict(dtype=dtype, max_shard_size=max_shard_size, revision=revision)
-    path = awq_hf.export(model, target, out, overwrite=overwrite, **{name: value for name, value in given.items() if value is not None})
-    files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    own = dict(
+        type=kind, exact=exact or None, search=False if plain else None, target_bpw=target_bpw, imatrix=imatrix, save_imatrix=save_imatrix,
+        pre_tokenizer=pre_tokenizer,
+    )  # fmt: skip
+    location = {} if revision is None else {"revision": revision}
+    result: Any = None
+    if target == GGUF:
+        from awq_hf.to_gguf import to_gguf
+
+        if dtype is not None:
+            raise ValueError("gguf has no --dtype; --type F16, BF16 or F32 writes floats")
+        given = {**own, "shard_size": None if max_shard_size is None else in_bytes(max_shard_size)}
+        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        config = awq_hf.AwqConfig(calibration=calibration, samples=samples, seq_len=seq_len)
+        common: dict[str, Any] = dict(device=device, location=location, overwrite=overwrite, progress=not as_json)
+        result = to_gguf(model, out, config=config, **common, **options)
+        files, path = result.files, result.files[0].parent
+    else:
+        if misplaced := [key for key, value in {**own, "calibration": calibration}.items() if value is not None]:
+            raise ValueError(f"--{misplaced[0].replace('_', '-')} is an option of the target gguf, not of {target}")
+        rest = {key: value for key, value in dict(dtype=dtype, max_shard_size=max_shard_size).items() if value is not None}
+        path = awq_hf.export(model, target, out, overwrite=overwrite, **location, **rest)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
     size = sum(file.stat().st_size for file in files)
     if as_json:
-        names = [str(file.relative_to(path)) for file in files if file != path]
-        typer.echo(json.dumps({"target": target, "path": str(path), "bytes": size, "files": names}))
-    else:
-        typer.echo(f"{target} written to {out}: {size / 1e6:,.1f} MB in {len(files)} files")
+        about = {"target": target, "path": str(path), "bytes": size, "files": [str(file.relative_to(path)) for file in files]}
+        types = {} if result is None else {"types": {name: kind.name for name, kind in result.types.items()}}
+        typer.echo(json.dumps({**about, **types}))
+        return
+    typer.echo(f"{target} written to {files[0] if result else out}: {size / 1e6:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}")
+    if result:
+        counts = Counter(kind.name for name, kind in result.types.items() if kind.name != "F32")
+        typer.echo("Matrices: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()))
+        if result.report is not None:
+            layers = result.report.layers
+            ratio = sum(layer.loss / max(layer.loss_importance, 1e-30) for layer in layers) / max(len(layers), 1)
+            typer.echo(f"Output error of a layer: {ratio:.0%} of what the type's quantizer leaves with an importance matrix, on average")
+        typer.echo(f"Run it:  llama-cli -m {files[0]}")

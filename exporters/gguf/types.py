@@ -17,7 +17,7 @@ from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.repack import default_type, is_exact, misfit, types_for
 from awq_hf.spec import QuantSpec
 
-FLOATS = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+FLOATS: dict[Type, torch.dtype] = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 EMBEDDINGS = ("token_embd", "output")
 AUTO = "auto"  # each quantized weight in the smallest type that holds its codes
 _FLOAT32_PARTS = {"ffn_gate_inp"}  # matrices that llama.cpp wants in float32: the router decides on small differences

@@ -97,7 +97,7 @@ def test_what_belongs_to_a_model_comes_along(demo_dir: Path, plain: Callable[...
 @pytest.mark.parametrize(
     "target, options, error, message",
     [
-        ("nothing", {}, ValueError, "there is no target 'nothing'; choose one of awq, compressed-tensors, gptq, dense"),
+        ("nothing", {}, ValueError, "there is no target 'nothing'; choose one of awq, compressed-tensors, gptq, dense, gguf"),
         ("awq", {"dtype": "float16"}, TypeError, "the target awq has no option 'dtype'; it has max_shard_size"),
         ("dense", {"dtype": "int8"}, ValueError, "dtype='int8' is not known; choose one of auto, float16"),
         ("dense", {"max_shard_size": "big"}, ValueError, "max_shard_size='big' is not a size"),
