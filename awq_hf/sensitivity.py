@@ -101,7 +101,7 @@ def _gather(model: nn.Module, windows: Windows, modules: Mapping[str, nn.Module]
             with ExitStack() as hooks:
                 for name, module in modules.items():
                     hooks.callback(module.register_forward_hook(_hook(found[name], batch)).remove)
-                _likelihood_of_own_labels(model, batch, generator).backward()  # type: ignore[no-untyped-call]
+                _likelihood_of_own_labels(model, batch, generator).backward()
     for name, sums in found.items():
         if not sums.tokens:
             raise ValueError(f"no calibration token reached {name}; calibrate on more text, or leave it out")
