@@ -39,6 +39,7 @@ ALLOWED = {
     "block": "spec affine parallel matrices layer linear blocks calibration folding transforms recipe report",
     "pipeline": "spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report block",
     "encoding": "spec affine matrices blocks calibration exporters pipeline preflight block recipe report rounding transforms",
+    "sensitivity": "calibration exporters matrices",
     "compat": "",
     "evaluate": "calibration",
     "evaluation_table": "",

@@ -1,0 +1,154 @@
+"""Predicted against measured divergence, on models small enough to try everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from awq_hf import sensitivity
+from awq_hf.calibration.data import Windows, load_windows
+from awq_hf.encoding import decode, encode
+from awq_hf.evaluate import evaluate
+from awq_hf.sensitivity import NARROW, WIDE, candidates, measure
+
+NAMES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.v_proj",
+    "model.layers.0.mlp.gate_proj",
+    "model.layers.1.self_attn.o_proj",
+    "model.layers.1.mlp.down_proj",
+    "lm_head",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Callable[..., Any]) -> Any:
+    return tiny_llama()
+
+
+@pytest.fixture
+def windows(tokens: list[Tensor]) -> Windows:
+    """The last one is padded."""
+    found = load_windows(tokens, None, 44)
+    assert int(found.lengths.min()) < 44
+    return found
+
+
+def test_predicted_divergence_is_the_measured_one(model: Any, windows: Windows, tokens: list[Tensor]) -> None:
+    found = measure(model, windows, NAMES)
+    assert {name: list(of) for name, of in found.items()} == {name: [*NARROW] for name in NAMES}
+    predicted, real = [], []
+    for name, costs in found.items():
+        linear = model.get_submodule(name)
+        original = linear.weight.data
+        for kind in (Type.Q4_0, Type.Q5_0, Type.Q8_0):
+            reference = evaluate_with(model, linear, decode(encode(original, kind, None), kind), original, tokens)
+            predicted.append(costs[kind])
+            real.append(reference)
+    p, r = torch.tensor(predicted, dtype=torch.float64), torch.tensor(real, dtype=torch.float64)
+    assert bool(((r / p > 0.5) & (r / p < 2)).all()), r / p
+    ranks = torch.stack([p.argsort().argsort().double(), r.argsort().argsort().double()])
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.95
+
+
+def evaluate_with(model: Any, linear: Any, changed: Tensor, original: Tensor, tokens: list[Tensor]) -> float:
+    """KL of the model with one weight changed."""
+    import copy
+
+    reference = copy.deepcopy(model)
+    linear.weight.data = changed
+    try:
+        return float(evaluate(model, reference, tokens, seq_len=44).kl or 0)
+    finally:
+        linear.weight.data = original
+
+
+def test_what_is_known_of_the_last_layer(model: Any, windows: Windows) -> None:
+    """There g = onehot(label) - p, so that E[g_o^2] = E[p_o (1 - p_o)]; padding counts for nothing."""
+    sums = sensitivity._gather(model, windows, {"lm_head": model.lm_head}, None)["lm_head"]
+    expected, energy = torch.zeros(96), torch.zeros(64)
+    with torch.no_grad():
+        for ids, length in zip(windows.input_ids, windows.lengths, strict=True):
+            states = model.model(ids[None, : int(length)]).last_hidden_state[0]
+            p = model.lm_head(states).softmax(1)
+            expected += (p * (1 - p)).sum(0) / windows.tokens
+            energy += states.square().sum(0) / windows.tokens
+    torch.testing.assert_close(sums.energy, energy)
+    assert abs(float(sums.gradient.sum() / expected.sum()) - 1) < 0.02
+    large = expected.topk(24).indices
+    assert float((sums.gradient[large] / expected[large] - 1).abs().mean()) < 0.35  # labels are drawn: some 500 of them
+
+
+def test_padding_makes_no_difference(model: Any, windows: Windows) -> None:
+    ids = windows.input_ids.clone()
+    for row, length in zip(ids, windows.lengths, strict=True):
+        row[int(length) :] = 5
+    other = Windows(ids, windows.lengths, "")
+    kinds = [Type.Q4_0]
+    assert measure(model, windows, NAMES, kinds) == measure(model, other, NAMES, kinds)  # and the same twice
+
+
+def test_the_model_is_left_as_it_was(tiny_llama: Callable[..., Any], windows: Windows) -> None:
+    model = tiny_llama().train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+
+    def state() -> Any:
+        modes = [m.training for m in model.modules()], [len(m._forward_hooks) for m in model.modules()]
+        return *modes, [(p.requires_grad, p.grad is None, float(p.detach().double().sum())) for p in model.parameters()]
+
+    before = state()
+    measure(model, windows, NAMES[:2], [Type.Q8_0])
+    assert state() == before
+    with pytest.raises(RuntimeError, match="size mismatch|shape"):
+        model.lm_head.weight.data = model.lm_head.weight.data[:, :10]
+        measure(model, windows, NAMES[:2], [Type.Q8_0])
+    assert state()[:2] == before[:2] and [p[0] for p in state()[2]] == [p[0] for p in before[2]]
+
+
+def test_a_sample_of_rows_stands_for_all(model: Any, windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [Type.Q4_0]
+    every = measure(model, windows, NAMES, kinds)
+    monkeypatch.setattr(sensitivity, "ROWS", 12)
+    for name, costs in measure(model, windows, NAMES, kinds).items():
+        assert costs[Type.Q4_0] == pytest.approx(every[name][Type.Q4_0], rel=0.25), name
+
+
+def test_other_layouts_and_dtypes(random_model: Callable[..., Any], tiny_llama: Callable[..., Any], windows: Windows) -> None:
+    """GPT-2 keeps its weights as [in, out]; bfloat16 is close to float32."""
+    from transformers import GPT2Config
+
+    gpt2 = random_model(GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4, n_inner=96, n_positions=64))
+    name = "transformer.h.0.mlp.c_proj"
+    cost = measure(gpt2, windows, [name], [Type.Q4_0])[name][Type.Q4_0]
+    matrix = gpt2.get_submodule(name)
+    original = matrix.weight.data
+    real = evaluate_with(
+        gpt2, matrix, decode(encode(original.T.contiguous(), Type.Q4_0, None), Type.Q4_0).T, original, list(windows.input_ids)
+    )
+    assert 0.5 < real / cost < 2
+    half, whole = (measure(tiny_llama(dtype), windows, NAMES, [Type.Q4_0]) for dtype in (torch.bfloat16, torch.float32))
+    for name in NAMES:
+        assert half[name][Type.Q4_0] == pytest.approx(whole[name][Type.Q4_0], rel=0.3), name
+
+
+def test_candidates() -> None:
+    assert candidates(4096) == [*WIDE] and candidates(96) == [*NARROW] and candidates(40) == []
+
+
+def test_refusals(model: Any, tiny_llama: Callable[..., Any], windows: Windows) -> None:
+    with pytest.raises(ValueError, match="model.layers.7.mlp.up_proj is not there; only Linears"):
+        measure(model, windows, ["model.layers.7.mlp.up_proj"])
+    with pytest.raises(ValueError, match="model.norm is a LlamaRMSNorm; only Linears"):
+        measure(model, windows, ["model.norm"])
+    with pytest.raises(ValueError, match="q_proj has rows of 64 weights, which no type's blocks divide"):
+        measure(model, windows, NAMES[:1], [Type.Q4_K])
+    model = tiny_llama()
+    model.model.layers[0].unused = torch.nn.Linear(64, 8)
+    with pytest.raises(ValueError, match=r"no calibration token reached model.layers.0.unused"):
+        measure(model, windows, [*NAMES, "model.layers.0.unused"])
