@@ -42,7 +42,7 @@ def _figure(rows: list[dict[str, Any]], name: str) -> None:
     axes[0, 0].set_ylabel("speed, of cuBLAS's")
     axes[1, 0].set_ylabel("share of the limit of 4-bit weights")
     lines = {line.get_label(): line for panel in axes.flat for line in panel.lines if not line.get_label().startswith("_")}
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=max(1, len(lines)), frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(1, len(lines)), frameon=False)
     figure.suptitle(name.replace("_", " "), fontsize="medium")
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
@@ -66,4 +66,5 @@ def _panels(speed: Any, share: Any, rows: list[dict[str, Any]]) -> None:
         panel.grid(alpha=0.3)
     speed.set_yscale("log", base=2)
     speed.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    share.set_ylim(0, 1.05)
+    share.axhline(1, color="black", linewidth=0.8)
+    share.set_ylim(bottom=0)

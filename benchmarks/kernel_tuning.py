@@ -85,7 +85,7 @@ class Tuner:
     def summary(self) -> list[dict[str, Any]]:
         """For every line of the tables the configuration whose time, relative to each shape's best, has the least geometric mean."""
         rows = []
-        for (kernel, line), configs in self.slower.items():
+        for (kernel, line), configs in sorted(self.slower.items(), key=lambda item: (item[0][0], int(item[0][1].split()[-1]))):
             complete = max(map(len, configs.values()))
             means = {config: math.exp(sum(map(math.log, s)) / len(s)) for config, s in configs.items() if len(s) == complete}
             config = min(means, key=means.__getitem__)
