@@ -68,7 +68,8 @@ def quiet() -> None:
 
 def machine() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("awq-hf", "torch", "transformers")}
-    return {"processor": _processor(), "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
+    return {"processor": _processor(), "threads": torch.get_num_threads(), **gpu, "python": platform.python_version(), **versions}
 
 
 def _processor() -> str:
@@ -81,9 +82,17 @@ def _processor() -> str:
 
 def publish(name: str, title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table, and write them with the machine's description to results/<name>.json."""
+    show(title, rows)
+    write(name, title, rows)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=160).print(table)
+
+
+def write(name: str, title: str, rows: list[dict[str, Any]], **more: Any) -> None:
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"title": title, "machine": machine(), **more, "rows": rows}, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """Tokens a second of whole models through generate, and their peak memory: the float model against the quantized one.
 
 python -m benchmarks.decode                     a random Llama of 1B shape, in bfloat16, on the CPU
-python -m benchmarks.decode --shape 8B --device cuda --graphs
+python -m benchmarks.decode --shape 8B --device cuda             on a GPU, a kernel launched at a time
+python -m benchmarks.decode --shape 8B --device cuda --graphs    compiled, replaying CUDA graphs
 
 The models are random and written to a temporary directory; each is loaded in a process of its own. The vocabulary has 32,000 tokens, tied,
 so that embeddings, which stay in float, do not hide what happens to the rest. Memory is the peak above what Python and the libraries take.
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from awq_hf import AwqConfig, AwqLinear
 from awq_hf.matrices import is_matrix
 from awq_hf.spec import QuantizedWeight, QuantSpec
+from benchmarks import gpu
 from benchmarks.common import publish, quiet
 from benchmarks.memory import Sampler, resident
 
@@ -33,23 +35,25 @@ SHAPES: dict[str, dict[str, int]] = {  # of the decoder blocks of Llama-3.2-1B a
     "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2),
 }
 SPEC = QuantSpec(4, 128)
+SETTLED = 8  # tokens after which every step is alike: generate makes a new cache each time, and CUDA graphs are recorded again for it
 
 
-def write_float(directory: Path, shape: str, dtype: torch.dtype) -> None:
+def write_float(directory: Path, shape: str, dtype: torch.dtype, device: str) -> None:
     config = LlamaConfig(**SHAPES[shape], vocab_size=32_000, tie_word_embeddings=True)
     torch.set_default_dtype(dtype)
-    LlamaForCausalLM(config).save_pretrained(directory)
+    with torch.device(device):
+        LlamaForCausalLM(config).save_pretrained(directory)
     torch.set_default_dtype(torch.float32)
 
 
-def write_quantized(source: Path, directory: Path) -> None:
+def write_quantized(source: Path, directory: Path, device: str) -> None:
     """Random codes: what they are changes nothing about time and memory."""
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, device_map=device)
     for name, linear in list(model.model.named_modules()):
         if is_matrix(linear):
             n, k = linear.weight.shape
-            q, zeros = (torch.randint(16, (n, columns), dtype=torch.uint8) for columns in (k, k // SPEC.group_size))
-            scales = torch.full(zeros.shape, 0.1 / k**0.5, dtype=torch.float16)
+            q, zeros = (torch.randint(16, (n, columns), dtype=torch.uint8, device=device) for columns in (k, k // SPEC.group_size))
+            scales = torch.full(zeros.shape, 0.1 / k**0.5, dtype=torch.float16, device=device)
             model.model.set_submodule(name, AwqLinear.from_quantized(QuantizedWeight(q, scales, zeros, SPEC)))
     config = AwqConfig(bits=SPEC.bits, group_size=SPEC.group_size, modules_to_not_convert=["lm_head"])
     config.describe([SPEC])
@@ -64,13 +68,12 @@ def measure(directory: str, device: str, prompt: int, tokens: int, repeats: int,
     model = AutoModelForCausalLM.from_pretrained(directory, device_map=device)
     ids = torch.randint(3, 32_000, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     options: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids))
-    if graphs:
-        options["cache_implementation"] = "static"
-        model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    if graphs:  # generate compiles the steps after the prompt by itself, for a static cache
+        options |= dict(cache_implementation="static", compile_config=CompileConfig(mode="reduce-overhead", fullgraph=True))
     seconds: list[float] = []
     for _ in range(repeats + 1):  # the first one warms up
         lengths = []
-        for new in (1, tokens + 1):  # the prompt's time is taken off
+        for new in (SETTLED, SETTLED + tokens):  # what comes before the first steady token is taken off
             began = time.perf_counter()
             model.generate(ids, min_new_tokens=new, max_new_tokens=new, **options)
             if device != "cpu":
@@ -99,10 +102,17 @@ def main() -> None:
         return
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    if options.device != "cpu":
+        gpu.require("benchmarks.decode --device cuda")
+    if options.graphs and options.device == "cpu":
+        parser.error("--graphs needs a GPU: --device cuda")
     with tempfile.TemporaryDirectory() as directory:
         models = {options.dtype: Path(directory) / "float", "awq-hf, 4 bits": Path(directory) / "awq"}
-        write_float(models[options.dtype], options.shape, getattr(torch, options.dtype))
-        write_quantized(*models.values())
+        source, quantized = models.values()
+        write_float(source, options.shape, getattr(torch, options.dtype), options.device)
+        write_quantized(source, quantized, options.device)
+        if options.device != "cpu":
+            torch.cuda.empty_cache()  # the GPU is the child processes' now
         for name, path in models.items():
             command = [sys.executable, "-m", "benchmarks.decode", "--child", str(path), *sys.argv[1:]]
             result = subprocess.run(command, capture_output=True, text=True)
@@ -117,8 +127,10 @@ def main() -> None:
         if options.device == "cpu":
             del row["tokens/s"]  # an absolute time of a processor that other work shares says nothing
     device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
-    how = ", CUDA graphs" if options.graphs else ""
-    publish(f"decode_{device.replace(' ', '-')}_{options.shape}", f"decoding with a random {options.shape} Llama on {device}{how}", rows)
+    how, suffix = (", CUDA graphs", "_graphs") if options.graphs else ("", "")
+    publish(
+        f"decode_{device.replace(' ', '-')}_{options.shape}{suffix}", f"decoding with a random {options.shape} Llama on {device}{how}", rows
+    )
 
 
 if __name__ == "__main__":
