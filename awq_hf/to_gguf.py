@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +18,21 @@ from transformers import PreTrainedModel
 
 from awq_hf import compat
 from awq_hf.blocks import find_blocks, matrices_of
+from awq_hf.calibration.data import Windows
 from awq_hf.config import AwqConfig
 from awq_hf.encoding import encode_model
 from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
+from awq_hf.exporters.gguf.budget import choose
+from awq_hf.exporters.gguf.encode import n_bytes
 from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.types import AUTO, FLOATS, check_name
 from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types
 from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.report import Report
+from awq_hf.sensitivity import measure
 
+MEASURED_WINDOWS = 16  # of the calibration's, whose gradients say how much a Linear matters
 DEFAULT = "Q4_K_M"  # of float models
 
 
@@ -72,18 +78,24 @@ def to_gguf(
     if save_imatrix is not None and (not searched or Path(save_imatrix).exists()):
         why = "exists; choose another name" if searched else "cannot be saved: only the search of a float model measures importance"
         raise ValueError(f"the importance matrix {save_imatrix} {why}")
+    if target_bpw is not None and not searched:
+        raise ValueError(
+            "target_bpw chooses types by a search, which needs a float model, and neither search=False nor an importance matrix"
+        )
     if checkpoint.quantization is not None:
         types = plan_types(checkpoint, plan, check_name(type or AUTO), exact)
         return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
     if exact:
         raise ValueError("exact keeps the codes of a quantized checkpoint; this model is float: type F32, F16 or BF16 keeps its weights")
-    wanted = check_name(type or DEFAULT)
+    wanted = check_name(type or (DEFAULT if target_bpw is None else _usual(target_bpw)))
     if wanted == AUTO:
         raise ValueError(f"type auto is for quantized checkpoints, whose codes decide; choose a type for this float model: {DEFAULT}")
     types = plan_types(checkpoint, plan, wanted)
     if not searched or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
-    return _searched(checkpoint, model, plan, types, path, wanted, config or AwqConfig(), device, location or {}, save_imatrix, options)
+    return _Search(checkpoint, model, plan, config or AwqConfig(), device, location or {}).export(
+        types, path, wanted, target_bpw, save_imatrix, options
+    )
 
 
 def _importance(file: str | os.PathLike[str], plan: Plan) -> dict[str, Tensor]:
@@ -95,31 +107,53 @@ def _importance(file: str | os.PathLike[str], plan: Plan) -> dict[str, Tensor]:
     return found
 
 
-def _searched(
-    checkpoint: Checkpoint, model: Any, plan: Plan, types: dict[str, Type], path: Any, wanted: str, config: AwqConfig, device: str,
-    location: Mapping[str, Any], save_imatrix: Any, options: dict[str, Any],
-) -> GgufExport:  # fmt: skip
-    if isinstance(model, PreTrainedModel):
-        loaded: Any = copy.deepcopy(model)
-    else:
-        kind = compat.class_of(checkpoint.config.architectures)
-        loaded = kind.from_pretrained(model, dtype="auto", device_map=device, **location)
-    names = _linears(loaded, plan, types)
-    config = copy.copy(config)
-    config.tokenizer = config.tokenizer or options.get("tokenizer")
-    recipe = config.recipe(getattr(loaded.config.get_text_config(), "max_position_embeddings", None))
-    windows = calibration_windows(loaded, config, recipe)
-    encoded = encode_model(
-        loaded, {module: types[plan.places[name].target] for name, module in names.items()}, recipe, windows, compat.progress_bar
-    )
-    weights = {name: encoded.weights[module] for name, module in names.items() if module in encoded.weights}
-    smoothed = open_checkpoint(loaded)
-    files = export(smoothed, path, type=wanted, encoded=weights, types=types, **options)
-    if save_imatrix is not None:
-        means = {plan.places[name].target: encoded.importance[module].numpy() for name, module in names.items()}
-        entries = {name: Entry(mean, np.full(1, windows.tokens, np.float32)) for name, mean in means.items()}
-        write_imatrix(save_imatrix, Imatrix(entries, (windows.source,), len(windows.input_ids), recipe.seq_len))
-    return GgufExport(files, types, encoded.report)
+def _usual(bits_per_weight: float) -> str:
+    """The usual mix of that size, for the embeddings and the head of a file whose other types are chosen."""
+    return next((name for least, name in ((5.4, "Q5_K_M"), (4.4, "Q4_K_M"), (3.4, "Q3_K_M")) if bits_per_weight >= least), "Q2_K_M")
+
+
+class _Search:
+    """A float model on its way to a file: loaded, calibrated, searched."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Any, plan: Plan, config: AwqConfig, device: str, location: Mapping[str, Any]) -> None:
+        self.checkpoint, self.source, self.plan, self.device, self.location = checkpoint, model, plan, device, location
+        self.config = copy.copy(config)
+
+    def export(
+        self, types: dict[str, Type], path: Any, wanted: str, target_bpw: float | None, save_imatrix: Any, options: dict[str, Any]
+    ) -> GgufExport:
+        self.config.tokenizer = self.config.tokenizer or options.get("tokenizer")
+        model = self._load()
+        recipe = self.config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        windows = calibration_windows(model, self.config, recipe)
+        names = _linears(model, self.plan, types)
+        if target_bpw is not None:
+            types, wanted = self._within(target_bpw, types, model, windows, names), AUTO
+        kinds = {module: types[self.plan.places[name].target] for name, module in names.items()}
+        encoded = encode_model(model, kinds, recipe, windows, compat.progress_bar)
+        weights = {name: encoded.weights[module] for name, module in names.items()}
+        files = export(open_checkpoint(model), path, type=wanted, encoded=weights, types=types, **options)
+        if save_imatrix is not None:
+            means = {self.plan.places[name].target: encoded.importance[module].numpy() for name, module in names.items()}
+            entries = {name: Entry(mean, np.full(1, len(windows.input_ids), np.int64)) for name, mean in means.items()}
+            write_imatrix(save_imatrix, Imatrix(entries, (windows.source,), len(windows.input_ids), recipe.seq_len))
+        return GgufExport(files, types, encoded.report)
+
+    def _load(self) -> Any:
+        if isinstance(self.source, PreTrainedModel):
+            return copy.deepcopy(self.source)
+        kind = compat.class_of(self.checkpoint.config.architectures)
+        return kind.from_pretrained(self.source, dtype="auto", device_map=self.device, **self.location)
+
+    def _within(self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, str]) -> dict[str, Type]:
+        """Types of the least predicted divergence for a file of target_bpw bits a weight, of all its tensors."""
+        shapes, targets = self.plan.shapes, {module: self.plan.places[name].target for name, module in names.items()}
+        few = windows.sample(min(MEASURED_WINDOWS, len(windows.input_ids)), self.config.seed)
+        costs = {targets[module]: cost for module, cost in measure(model, few, list(targets), progress=compat.progress_bar).items()}
+        sizes = {target: {kind: n_bytes(shapes[target], kind) for kind in cost} for target, cost in costs.items()}
+        fixed = sum(n_bytes(shape, types[name]) for name, shape in shapes.items() if name not in costs)
+        weights = sum(math.prod(shape) for shape in shapes.values())
+        return {**types, **choose(costs, sizes, int(target_bpw * weights / 8) - fixed)}
 
 
 def _linears(model: Any, plan: Plan, types: Mapping[str, Type]) -> dict[str, str]:

@@ -46,7 +46,7 @@ ALLOWED = {
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline prepare "
     "compat config",
-    "to_gguf": "blocks config encoding exporters hf_quantizer compat report",
+    "to_gguf": "blocks calibration config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
     "api": "config hf_quantizer compat exporters output to_gguf",
     "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat output",

@@ -104,7 +104,7 @@ _NARROW = {
     Type.Q6_K: Type.Q8_0,
 }
 
-_PLAIN = (Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q5_1, Type.Q5_0, Type.Q4_K, Type.Q4_1, Type.Q4_0, Type.Q3_K, Type.Q2_K)
+_PLAIN: tuple[Type, ...] = (Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q5_1, Type.Q5_0, Type.Q4_K, Type.Q4_1, Type.Q4_0, Type.Q3_K, Type.Q2_K)
 
 # What general.file_type calls a file whose matrices are mostly of a type, where that has no name of its own.
 _FILE_TYPES = {"Q2_K_M": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
@@ -112,7 +112,8 @@ _FILE_TYPES = {"Q2_K_M": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5
 
 def names() -> list[str]:
     """What can be asked for, beside "auto": types for all matrices alike, and mixes."""
-    return [*(kind.name for kind in FLOATS), *(kind.name for kind in _PLAIN), *MIXES]
+    kinds: list[Type] = [*FLOATS, *_PLAIN]
+    return [*(kind.name for kind in kinds), *MIXES]
 
 
 def check_name(wanted: str) -> str:
