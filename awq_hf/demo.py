@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from awq_hf.evaluate import Evaluation, evaluate_many
 from awq_hf.linear import AwqLinear
 from awq_hf.output import check_output
 from awq_hf.report import REPORT_NAME
+from awq_hf.to_gguf import to_gguf
 
 DATA = Path(str(resources.files("awq_hf") / "data" / "demo"))
 MODEL = DATA / "model"
@@ -25,6 +27,9 @@ EVALUATION = DATA / "evaluation.txt"
 SAMPLES, SEQ_LEN = 64, 256
 EVALUATION_TOKENS = 40_000
 PROMPT = "The state of our Union"
+NEW_TOKENS = 32
+GGUF_NAME = "demo.gguf"
+LLAMA_CPP = "(not installed here; pip install xllamacpp brings it)"
 
 INTRODUCTION = """\
 A Llama with 2.6 million parameters comes with this package. It was trained on
@@ -41,8 +46,9 @@ awq-hf leaves {share:.0%} of the divergence that plain rounding causes.
 """
 FAREWELL = """
 Files are in {out}:
-config.json and model.safetensors in AutoAWQ's format, the tokenizer, and
-{report}, which says what happened to every layer. Next, a model of yours:
+config.json and model.safetensors in AutoAWQ's format, the tokenizer,
+{report}, which says what happened to every layer, and the same integers
+for llama.cpp in {gguf}. Next, a model of yours:
 
   awq-hf quantize MODEL OUT
 """
@@ -80,7 +86,10 @@ def run(out: Path, bits: int, group_size: int, console: Console) -> None:
     for name, each in (("original", original), ("awq-hf", loaded)):
         console.print(f"[bold]{name}[/]", highlight=False)
         say(f"  {_continue(each, tokenizer, prompt)}")
-    say(FAREWELL.format(out=out, report=REPORT_NAME))
+    file = to_gguf(target, target / GGUF_NAME, progress=False).files[0]
+    console.print("[bold]awq-hf, in llama.cpp[/]", highlight=False)
+    say(f"  {_in_llama_cpp(file, tokenizer) or LLAMA_CPP}")
+    say(FAREWELL.format(out=out, report=REPORT_NAME, gguf=GGUF_NAME))
 
 
 def _table(results: dict[str, Evaluation], models: dict[str, Any]) -> Table:
@@ -97,10 +106,26 @@ def _table(results: dict[str, Evaluation], models: dict[str, Any]) -> Table:
 def bits_per_weight(model: Any) -> float:
     """Stored bits for each weight of the decoder's Linears (embeddings and norms stay as they are)."""
     linears = [m for m in model.get_decoder().modules() if isinstance(m, (AwqLinear, torch.nn.Linear))]
-    stored = sum(p.numel() * p.element_size() * 8 for m in linears for n, p in m.named_parameters() if n != "bias")
+    stored = sum(t.nbytes * 8 for m in linears for name, t in m.state_dict().items() if name != "bias")
     return stored / sum(m.in_features * m.out_features for m in linears)
 
 
+def _in_llama_cpp(file: Path, tokenizer: Any) -> str | None:
+    """How llama.cpp goes on from the same words; None where it is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        return None
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_gpu_layers, params.verbosity = 256, 0, 0
+    answers: list[Any] = []
+    request = {"prompt": tokenizer(PROMPT)["input_ids"], "n_predict": NEW_TOKENS, "temperature": 0, "return_tokens": True}
+    xllamacpp.Server(params).handle_completions(request, answers.append)
+    words = "".join(answer["choices"][0]["text"] for answer in answers)
+    return " ".join(f"{PROMPT}{words}".split())
+
+
 def _continue(model: Any, tokenizer: Any, prompt: Any) -> str:
-    ids = model.generate(**prompt, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())

@@ -136,7 +136,8 @@ def file_type(wanted: str, types: Mapping[str, Type]) -> gguf.LlamaFileType:
 
 def most_used(types: Mapping[str, Type]) -> Type:
     """The type of most matrices of the blocks."""
-    inside = [kind for name, kind in types.items() if name.startswith("blk.") and kind is not Type.F32] or [Type.F32]
+    inside: list[Type] = [kind for name, kind in types.items() if name.startswith("blk.") and kind is not Type.F32]
+    inside = inside or [*types.values()]
     return max(dict.fromkeys(inside), key=inside.count)
 
 
