@@ -100,6 +100,10 @@ class AwqLinear(nn.Module):
         self._bring_into(chosen)
         return reason
 
+    def caution(self) -> str | None:
+        """What a user has to know of the results of the layout that was chosen, or None."""
+        return LAYOUTS[self.layout].caution(self.problem(1, self._prepared_for))
+
     def _bring_into(self, wanted: Layout) -> None:
         if wanted.name != self.layout:
             weight = self.to_quantized()

@@ -44,6 +44,7 @@ class Layout(NamedTuple):
     rows(parts, which, problem) -> those rows of the weight, float32 [rows, in], exact: with it every layout does what its kernels,
     which are in order of preference, do not. devices: that the
     kernels run on. input_grad(dy [m, out], parts, problem): dy W for the dtypes of the kernels, if there is a faster way than by rows.
+    caution(problem): what a user has to know of results, or None.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Layout(NamedTuple):
     kernels: tuple[Kernel, ...] = ()
     devices: tuple[str, ...] = ()
     input_grad: Callable[[Tensor, Parts, Problem], Tensor] | None = None
+    caution: Callable[[Problem], str | None] = lambda problem: None
 
 
 def _rows_of(unpack: Callable[[Parts, Problem], Codes]) -> Callable[[Parts, slice, Problem], Tensor]:
@@ -159,6 +161,7 @@ CPU = Layout(
     _cpu_rows,
     (Kernel("cpu-torch", cpu.supports, lambda x, parts, bias, problem: cpu.linear(x, *cpu.CpuWeight(*parts), bias)),),
     ("cpu",),
+    caution=cpu.caution,
 )
 
 

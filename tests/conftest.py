@@ -41,6 +41,12 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
+@pytest.fixture
+def on_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact reference computes, where results are compared with what float32 gives."""
+    monkeypatch.setenv("AWQ_HF_KERNEL", "reference")
+
+
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Any]:
     """random_model(config, dtype, auto class): its weights, norms and biases are all random: norms at 1 and biases at 0 hide errors."""

@@ -148,12 +148,6 @@ def test_ways_to_load(options: dict[str, Any], make: Callable[..., Any], prompt:
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 
 
-@pytest.fixture
-def on_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is fetched for every call runs on the reference; so does the rest then."""
-    monkeypatch.setenv("AWQ_HF_KERNEL", "reference")
-
-
 @pytest.mark.usefixtures("on_reference")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="layers on disk would run on the GPU")
 @pytest.mark.parametrize("on_disk", [["model.layers.0"], ["model.layers.0", "model.layers.1"], ["model.embed_tokens", "lm_head"]])
