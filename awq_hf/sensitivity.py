@@ -6,7 +6,8 @@ With delta y = (W_q - W) x, the error of a Linear's output, to second order (the
 
 per token. g is the gradient, at that output, of the log-likelihood of labels drawn from the model's own predictions: E[g g^T] is then the
 Fisher information, which is the Hessian of KL (Martens, New Insights and Perspectives on the Natural Gradient Method, JMLR 2020). That
-errors of channels, of columns and of tokens go together is left out, as in K-FAC (Martens and Grosse, 2015): it matters less than types do.
+errors of channels, of columns and of tokens go together is left out, as in K-FAC (Martens and Grosse, 2015). On the demonstration model
+36 pairs of a tensor and a type, Q2_K to Q6_K, have a divergence of 0.84 to 1.49 times the predicted one, and mixes of 0.97 to 1.07 times.
 """
 
 from __future__ import annotations

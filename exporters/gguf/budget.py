@@ -28,17 +28,17 @@ def choose(costs: Mapping[str, Mapping[Type, float]], sizes: Mapping[str, Mappin
     for a budget below the smallest size that there is, and for costs and sizes that do not belong together.
     """
     options = {name: _options(name, costs[name], sizes.get(name, {})) for name in sorted(costs)}
-    least, slack = sum(found[0][0] for found in options.values()), budget_bytes - sum(found[0][0] for found in options.values())
+    least = sum(found[0][0] for found in options.values())
+    slack = budget_bytes - least
     if slack < 0:
         weights = sum(_weights(*found[0][::2]) for found in options.values())
         raise ValueError(
             f"{budget_bytes} bytes are {8 * budget_bytes / weights:.4g} bits per weight; the least that these take is {least} bytes, "
             f"{math.ceil(8000 * least / weights) / 1000:g} bits per weight: give at least that"
         )
-    chosen = _solve(list(options.values()), slack)
-    return {
-        name: found[option][2] for (name, found), option in zip(options.items(), _spend(list(options.values()), chosen, slack), strict=True)
-    }
+    tables = list(options.values())
+    chosen = _spend(tables, _solve(tables, slack), slack)
+    return {name: found[number][2] for (name, found), number in zip(options.items(), chosen, strict=True)}
 
 
 Option = tuple[int, float, Type]  # bytes, cost, type

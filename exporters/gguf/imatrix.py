@@ -70,7 +70,8 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Either format, told apart by the first bytes. Raises ValueError for a file that is damaged or something else."""
     with Path(path).open("rb") as file:
         is_gguf = file.read(len(MAGIC)) == MAGIC
-    found = _read_gguf(path) if is_gguf else _read_dat(path)
+    with np.errstate(invalid="ignore"):  # sums that are no numbers are refused below
+        found = _read_gguf(path) if is_gguf else _read_dat(path)
     if not found.entries:
         _refuse(path, "it has no entries")
     for name, entry in found.entries.items():

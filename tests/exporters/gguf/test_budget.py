@@ -89,6 +89,11 @@ def test_a_large_model_within_a_second_and_next_to_the_optimum() -> None:
     assert total(costs, chosen) < 1.001 * bounds.max()
 
 
+def test_ties_do_not_depend_on_the_order() -> None:
+    of, size = {Type.Q2_K: 2.0, Type.Q4_K: 1.0}, {Type.Q2_K: 5, Type.Q4_K: 6}
+    assert choose({"a": of, "b": of}, {"a": size, "b": size}, 11) == choose({"b": of, "a": of}, {"b": size, "a": size}, 11)
+
+
 def test_budgets_at_the_ends() -> None:
     costs, sizes, _ = large(5)
     least, most = (sum(pick(of.values()) for of in sizes.values()) for pick in (min, max))

@@ -78,6 +78,14 @@ def test_old_format_round_trip(tmp_path: Path) -> None:
     assert [entry.counts.tolist() for entry in found.entries.values()] == [[2], [2]]  # chunks of 512, rounded up
 
 
+@pytest.mark.parametrize("name", ["i.gguf", "i.dat"])
+def test_experts_that_no_token_reached_count_alike(tmp_path: Path, name: str) -> None:
+    mean = np.array([[1, 2], [0, 0], [3, 4]], np.float32)
+    write_imatrix(tmp_path / name, Imatrix({"a": Entry(mean, np.array([2, 0, 8]))}, chunk_size=4))
+    found = read_imatrix(tmp_path / name).importance("a", (3, 5, 2))
+    assert found is not None and found.tolist() == [[1, 2], [1, 1], [3, 4]]
+
+
 def test_importance_of_a_weight() -> None:
     assert GIVEN.importance("blk.7.attn_q.weight", (10, 64)) is None
     found = GIVEN.importance("blk.0.attn_q.weight", (10, 64))
@@ -99,7 +107,7 @@ def test_every_truncation_is_refused(tmp_path: Path, name: str) -> None:
     last = len(data) - 28 if name == "i.gguf" else len(data)  # behind it there is padding
     for size in sorted(set(range(last)) - optional):
         path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match="cut is not a whole importance matrix of llama.cpp: "):
+        with pytest.raises(ValueError, match="cut is not a whole importance matrix of llama.cpp: it ends "):
             read_imatrix(path)
 
 
