@@ -22,8 +22,8 @@ from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stats import Moments, OutputError, output_energy
 from awq_hf.calibration.stream import Call
 from awq_hf.exporters.gguf.blocks.steps import KINDS, steps_of, with_codes
-from awq_hf.exporters.gguf.ggml import quantize
-from awq_hf.matrices import as_kind
+from awq_hf.exporters.gguf.ggml import quantize, row_bytes
+from awq_hf.matrices import as_kind, shape_of
 from awq_hf.pipeline import Progress, run
 from awq_hf.preflight import Plan, check_weights
 from awq_hf.recipe import Recipe
@@ -91,6 +91,8 @@ def encode_model(
     """
     prefix, _ = find_blocks(model)
     plan = Plan({name: PROXIES.get(kind, PROXY) for name, kind in kinds.items() if name.startswith(f"{prefix}.")}, {})
+    for name in plan.specs:
+        _check_width(name, shape_of(model.get_submodule(name))[1], kinds[name])
     check_weights(model, plan)
     result = Encoded()
 
@@ -99,6 +101,13 @@ def encode_model(
 
     result.report = run(model, recipe, plan, windows, progress, make_work)
     return result
+
+
+def _check_width(name: str, width: int, kind: Type) -> None:
+    try:
+        row_bytes(kind, width)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 class EncodingWork(BlockWork):

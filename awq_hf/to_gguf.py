@@ -22,7 +22,7 @@ from awq_hf.encoding import Encoded, encode_model
 from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
 from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.types import AUTO, FLOATS, check_name
-from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types
+from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types, prepare
 from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.report import Report
 
@@ -76,6 +76,7 @@ def to_gguf(
     types = plan_types(checkpoint, plan, wanted)
     if not search or columns or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
+    prepare(checkpoint, path, type=wanted, types=types, **{key: value for key, value in options.items() if key != "progress"})
     return _searched(checkpoint, model, plan, types, path, wanted, config or AwqConfig(), device, location or {}, options)
 
 
