@@ -22,7 +22,8 @@ from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stats import Moments, OutputError, output_energy
 from awq_hf.calibration.stream import Call
 from awq_hf.exporters.gguf.blocks.steps import KINDS, steps_of, with_codes
-from awq_hf.exporters.gguf.ggml import quantize, row_bytes
+from awq_hf.exporters.gguf.encode import encode as encode_rows
+from awq_hf.exporters.gguf.ggml import row_bytes
 from awq_hf.matrices import as_kind, shape_of
 from awq_hf.pipeline import Progress, run
 from awq_hf.preflight import Plan, check_weights
@@ -74,7 +75,7 @@ class Encoded:
 
 def encode(rows: Tensor, kind: Type, importance: Tensor | None) -> Tensor:
     """rows: float32 [n, in]; importance: float32 [in]. Returns uint8 [n, bytes]."""
-    return torch.from_numpy(quantize(rows.cpu().numpy(), kind, None if importance is None else importance.cpu().numpy()))
+    return torch.from_numpy(encode_rows(rows.cpu(), kind, None if importance is None else importance.cpu()))
 
 
 def decode(data: Tensor, kind: Type, device: torch.device | str = "cpu") -> Tensor:

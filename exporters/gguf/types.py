@@ -138,7 +138,7 @@ def encoding(kind: gguf.LlamaFileType) -> str:
 
 def most_used(types: Mapping[str, Type]) -> Type:
     """The type of most matrices of the blocks."""
-    inside = [kind for name, kind in types.items() if name.startswith("blk.") and kind is not Type.F32] or [Type.F32]
+    inside: list[Type] = [kind for name, kind in types.items() if name.startswith("blk.") and kind is not Type.F32] or [Type.F32]
     return max(dict.fromkeys(inside), key=inside.count)
 
 
@@ -208,13 +208,12 @@ def _of_quantized(name: str, spec: QuantSpec, width: int, wanted: Type | None, e
         best = next(iter(fits), None) if exact else default_type(spec, width)
         if best is None:
             how = f"{spec.bits} bits, groups of {spec.group_size}, {'symmetric' if spec.symmetric else 'with zero points'}"
-            dequantized = "F32 keeps" if exact else "F16 holds"
-            raise ValueError(f"{name}: no type of blocks holds its codes ({how}; rows of {width}); type {dequantized} the dequantized weights")
+            keeps = "F32 keeps" if exact else "F16 holds"
+            raise ValueError(f"{name}: no type of blocks holds its codes ({how}; rows of {width}); {keeps} the dequantized weights")
         return best
     if wanted not in FLOATS and (reason := misfit(spec, width, wanted)):
         raise ValueError(f"{name}: {reason}")
     if exact and wanted not in (*fits, Type.F32):
-        raise ValueError(
-            f"{name}: {wanted.name} does not hold its weights bit for bit; exact are {', '.join(k.name for k in [*fits, Type.F32])}"
-        )
+        those = ", ".join([*(kind.name for kind in fits), "F32"])
+        raise ValueError(f"{name}: {wanted.name} does not hold its weights bit for bit; exact are {those}")
     return wanted
