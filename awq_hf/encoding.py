@@ -22,8 +22,9 @@ from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stats import Moments, OutputError, output_energy
 from awq_hf.calibration.stream import Call
 from awq_hf.exporters.gguf.blocks.steps import KINDS, steps_of, with_codes
-from awq_hf.exporters.gguf.ggml import quantize
-from awq_hf.matrices import as_kind
+from awq_hf.exporters.gguf.encode import encode as encode_rows
+from awq_hf.exporters.gguf.ggml import row_bytes
+from awq_hf.matrices import as_kind, shape_of
 from awq_hf.pipeline import Progress, run
 from awq_hf.preflight import Plan, check_weights
 from awq_hf.recipe import Recipe
@@ -74,7 +75,7 @@ class Encoded:
 
 def encode(rows: Tensor, kind: Type, importance: Tensor | None) -> Tensor:
     """rows: float32 [n, in]; importance: float32 [in]. Returns uint8 [n, bytes]."""
-    return torch.from_numpy(quantize(rows.cpu().numpy(), kind, None if importance is None else importance.cpu().numpy()))
+    return torch.from_numpy(encode_rows(rows.cpu(), kind, None if importance is None else importance.cpu()))
 
 
 def decode(data: Tensor, kind: Type, device: torch.device | str = "cpu") -> Tensor:
@@ -91,6 +92,8 @@ def encode_model(
     """
     prefix, _ = find_blocks(model)
     plan = Plan({name: PROXIES.get(kind, PROXY) for name, kind in kinds.items() if name.startswith(f"{prefix}.")}, {})
+    for name in plan.specs:
+        _check_width(name, shape_of(model.get_submodule(name))[1], kinds[name])
     check_weights(model, plan)
     result = Encoded()
 
@@ -99,6 +102,13 @@ def encode_model(
 
     result.report = run(model, recipe, plan, windows, progress, make_work)
     return result
+
+
+def _check_width(name: str, width: int, kind: Type) -> None:
+    try:
+        row_bytes(kind, width)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 class EncodingWork(BlockWork):

@@ -27,7 +27,7 @@ from awq_hf.exporters.gguf.encode import n_bytes
 from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.types import AUTO, FLOATS, check_name
-from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types
+from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types, prepare
 from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.report import Report
 from awq_hf.sensitivity import measure
@@ -93,18 +93,19 @@ def to_gguf(
     types = plan_types(checkpoint, plan, wanted)
     if not searched or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
+    prepare(checkpoint, path, type=wanted, types=types, **{key: value for key, value in options.items() if key != "progress"})
     return _Search(checkpoint, model, plan, config or AwqConfig(), device, location or {}).export(
         types, path, wanted, target_bpw, save_imatrix, options
     )
 
 
 def _importance(file: str | os.PathLike[str], plan: Plan) -> dict[str, Tensor]:
-    """The entries of a file of llama.cpp's. Raises ValueError for one that is of another model."""
-    found = {name: torch.from_numpy(np.ascontiguousarray(entry.mean, np.float32)) for name, entry in read_imatrix(file).entries.items()}
-    for name, values in found.items():
-        if plan.shapes.get(name, (0,))[-1] != values.shape[-1]:
-            raise ValueError(f"{file} has {values.shape[-1]} columns for {name}, which the model has not: it is of another model")
-    return found
+    """E[x^2] by name in the file, of matrices that a file of llama.cpp's has an entry for. Raises ValueError for one of another model."""
+    matrix = read_imatrix(file)
+    found = {name: matrix.importance(name, shape) for name, shape in plan.shapes.items() if len(shape) > 1}
+    if not any(values is not None for values in found.values()):
+        raise ValueError(f"{file} has no entry for any matrix of this model: it is of another one")
+    return {name: torch.from_numpy(np.ascontiguousarray(values, np.float32)) for name, values in found.items() if values is not None}
 
 
 def _usual(bits_per_weight: float) -> str:

@@ -85,10 +85,20 @@ def export(
         return
     typer.echo(f"{target} written to {files[0] if result else out}: {size / 1e6:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}")
     if result:
-        counts = Counter(kind.name for name, kind in result.types.items() if kind.name != "F32")
-        typer.echo("Matrices: " + ", ".join(f"{count} {name}" for name, count in counts.most_common()))
+        typer.echo(_types(result.types))
         if result.report is not None:
             layers = result.report.layers
             ratio = sum(layer.loss / max(layer.loss_importance, 1e-30) for layer in layers) / max(len(layers), 1)
             typer.echo(f"Output error of a layer: {ratio:.0%} of what the type's quantizer leaves with an importance matrix, on average")
         typer.echo(f"Run it:  llama-cli -m {files[0]}")
+
+
+def _types(types: dict[str, Any]) -> str:
+    """A line for every part of the blocks: which types its tensors have."""
+    parts: dict[str, list[str]] = {}
+    for name, kind in types.items():
+        if kind.name != "F32":
+            parts.setdefault(name.split(".")[-2], []).append(kind.name)
+    width = max(map(len, parts))
+    counted = {part: ", ".join(f"{count} x {kind}" for kind, count in Counter(kinds).most_common()) for part, kinds in parts.items()}
+    return "\n".join(f"  {part:<{width}}  {kinds}" for part, kinds in counted.items())

@@ -30,7 +30,7 @@ def encode(rows: Rows, kind: Type, importance: Tensor | None = None) -> np.ndarr
     Integer codes stay as they are, unless kind is a float type. importance: float32 [k], of float rows' columns. Raises ValueError for what
     does not fit it.
     """
-    columns = None if importance is None else importance.numpy()
+    columns = None if importance is None else _columns(importance).numpy()
     if isinstance(rows, EncodedWeight):
         if rows.kind != kind.name:
             raise ValueError(f"it was encoded as {rows.kind}, and is to be written as {kind.name}")
@@ -44,6 +44,12 @@ def encode(rows: Rows, kind: Type, importance: Tensor | None = None) -> np.ndarr
     if kind is Type.F16 and not bool(rounded.isfinite().all()):
         raise ValueError(f"a value of {values.abs().max().item():.6g} does not fit float16 (at most 65504): use type BF16 or F32")
     return rounded.view(torch.uint8).numpy()
+
+
+def _columns(importance: Tensor) -> Tensor:
+    """What quantizers take: columns without importance get a little of it, since blocks of nothing else would become zeros."""
+    mean = importance.mean()
+    return importance.clamp(min=1e-4 * mean) if mean > 0 else torch.ones_like(importance)
 
 
 def select(value: Rows, rows: Tensor | slice) -> Rows:

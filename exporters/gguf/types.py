@@ -1,6 +1,7 @@
 """Which type each tensor of a file gets: llama.cpp's usual mixes for float models, the type that holds their codes for quantized weights.
 
-The rules of the mixes are those of llama-quantize (llama.cpp, src/llama-quant.cpp), as data: some parts of some blocks get more bits.
+The rules of the mixes are those of llama-quantize (llama.cpp, src/llama-quant.cpp, of 2026), as data: some parts of some blocks get more
+bits. Not taken over is what it does where there is no importance matrix.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ _FLOAT32_PARTS = {"ffn_gate_inp"}  # matrices that llama.cpp wants in float32: t
 
 @dataclass(frozen=True)
 class Spot:
-    """A matrix's place: block `i` of `n`; heads: query heads that share a key head; experts of a block, 0 without."""
+    """A matrix's place: block `i` of `n`; heads: query heads that share a key head."""
 
     i: int
     n: int
     heads: int
-    experts: int
 
     @property
     def gets_more(self) -> bool:
@@ -55,8 +55,7 @@ MIXES: dict[str, tuple[Type, dict[str, Rule]]] = {
         {
             "attn_v": lambda at: Type.Q5_K if at.i < 2 else Type.Q4_K,
             "attn_output": lambda at: Type.Q4_K,
-            "attn_qkv": lambda at: Type.Q4_K,
-            "ffn_down": lambda at: Type.Q5_K if at.i < at.n / 16 else Type.Q4_K,
+            "ffn_down": lambda at: Type.Q5_K if at.i < at.n // 16 else Type.Q4_K,
         },
     ),
     "Q3_K_L": (
@@ -64,7 +63,6 @@ MIXES: dict[str, tuple[Type, dict[str, Rule]]] = {
         {
             "attn_v": lambda at: Type.Q5_K,
             "attn_output": lambda at: Type.Q5_K,
-            "attn_qkv": lambda at: Type.Q4_K,
             "ffn_down": lambda at: Type.Q5_K,
         },
     ),
@@ -76,7 +74,6 @@ MIXES: dict[str, tuple[Type, dict[str, Rule]]] = {
         Type.Q4_K,
         {
             "attn_v": lambda at: Type.Q6_K if at.gets_more else None,
-            "attn_qkv": lambda at: Type.Q5_K,
             "ffn_down": lambda at: Type.Q6_K if at.gets_more else None,
         },
     ),
@@ -85,16 +82,17 @@ MIXES: dict[str, tuple[Type, dict[str, Rule]]] = {
         Type.Q5_K,
         {
             "attn_v": lambda at: Type.Q6_K if at.gets_more else None,
-            "attn_qkv": lambda at: Type.Q6_K,
             "ffn_down": lambda at: Type.Q6_K if at.gets_more else None,
         },
     ),
     "IQ4_NL": (Type.IQ4_NL, {"attn_v": lambda at: Type.Q5_K if at.heads >= 4 else None}),
     "IQ4_XS": (Type.IQ4_XS, {"attn_v": lambda at: Type.Q5_K if at.heads >= 4 else None}),
 }
-_EIGHT_EXPERTS: dict[str, Type] = {"attn_k": Type.Q8_0, "attn_v": Type.Q8_0, "attn_output": Type.Q5_K}  # small beside the experts
+_EIGHT_EXPERTS = {"attn_k": Type.Q8_0, "attn_v": Type.Q8_0, "attn_output": Type.Q5_K}  # small beside the experts
+_SAME_RULE = {"attn_qkv": "attn_v"}
+_SEVENTY_BILLION = 80  # blocks: eight query heads share what attn_v computes, which is small for what depends on it
 
-# What a row gets that superblocks of 256 do not divide.
+# What a row gets that superblocks of 256 do not divide: of Q2_K and Q3_K, the better of two types of 4.5 bits.
 _NARROW = {
     Type.Q2_K: Type.IQ4_NL,
     Type.Q3_K: Type.IQ4_NL,
@@ -107,7 +105,7 @@ _NARROW = {
 _PLAIN: tuple[Type, ...] = (Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q5_1, Type.Q5_0, Type.Q4_K, Type.Q4_1, Type.Q4_0, Type.Q3_K, Type.Q2_K)
 
 # What general.file_type calls a file whose matrices are mostly of a type, where that has no name of its own.
-_FILE_TYPES = {"Q2_K_M": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
+_FILE_TYPES = {"Q2_K_M": "Q2_K", "Q2_K": "Q2_K_S", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
 
 
 def names() -> list[str]:
@@ -134,6 +132,11 @@ def file_type(wanted: str, types: Mapping[str, Type]) -> gguf.LlamaFileType:
     return gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{_FILE_TYPES.get(name, name)}"]
 
 
+def encoding(kind: gguf.LlamaFileType) -> str:
+    """What file names call it, and the Hub and llama.cpp find files by."""
+    return kind.name.partition("_")[2]
+
+
 def most_used(types: Mapping[str, Type]) -> Type:
     """The type of most matrices of the blocks."""
     inside: list[Type] = [kind for name, kind in types.items() if name.startswith("blk.") and kind is not Type.F32]
@@ -156,36 +159,40 @@ def assign(
         if len(shape) == 1 or _part(target) in _FLOAT32_PARTS:
             types[target] = Type.F32
         elif isinstance(kind, QuantSpec):
-            types[target] = _of_quantized(name, kind, shape[-1], _wanted(target, config, wanted, plan), exact)
+            kept = None if wanted == AUTO else _wanted(target, config, wanted, plan)
+            types[target] = _of_quantized(name, kind, shape[-1], kept, exact)
         elif wanted == AUTO or exact:
-            types[target] = _fitting(Type.Q8_0, shape[-1]) if not exact else next(t for t, dtype in FLOATS.items() if dtype == kind)
+            types[target] = _same(kind) if exact else _fitting(Type.Q8_0, shape[-1])
         else:
-            types[target] = _fitting(_wanted(target, config, wanted, plan) or Type.F16, shape[-1])
+            types[target] = _fitting(_wanted(target, config, wanted, plan), shape[-1])
     return types
+
+
+def _same(kind: torch.dtype) -> Type:
+    return next((t for t, dtype in FLOATS.items() if dtype == kind), Type.F32)
 
 
 def _part(target: str) -> str:
     return target.split(".")[-2]
 
 
-def _wanted(target: str, config: PreTrainedConfig, wanted: str, plan: Plan) -> Type | None:
-    """None: whatever holds the codes."""
-    if wanted == AUTO:
-        return None
-    base, rules = MIXES.get(wanted, (None, {}))
-    base = base or Type[wanted]
+def _wanted(target: str, config: PreTrainedConfig, wanted: str, plan: Plan) -> Type:
+    base, rules = MIXES[wanted] if wanted in MIXES else (Type[wanted], {})
     head = target == "output.weight" or (target == "token_embd.weight" and "output.weight" not in plan.shapes)
     if head and base not in FLOATS and base is not Type.Q8_0:
         return Type.Q6_K
     if not target.startswith("blk."):
         return base
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
-    heads = config.num_attention_heads // (config.num_key_value_heads or 1)
     part = _part(target)
-    if rules and experts == 8 and part in _EIGHT_EXPERTS:
+    part = _SAME_RULE.get(part, part).removesuffix("_exps")
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if wanted in MIXES and experts == 8 and part in _EIGHT_EXPERTS:
         return _EIGHT_EXPERTS[part]
-    rule = rules.get(part.removesuffix("_exps"))
-    return (rule(Spot(int(target.split(".")[1]), config.num_hidden_layers, heads, experts)) if rule else None) or base
+    at = Spot(int(target.split(".")[1]), config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads)
+    found = (rules[part](at) if part in rules else None) or base
+    if wanted in MIXES and part == "attn_v" and at.n == _SEVENTY_BILLION and at.heads > 1 and found in (Type.Q3_K, Type.Q4_K):
+        return Type.Q5_K
+    return found
 
 
 def _fitting(kind: Type, width: int) -> Type:
@@ -197,20 +204,18 @@ def _fitting(kind: Type, width: int) -> Type:
 
 
 def _of_quantized(name: str, spec: QuantSpec, width: int, wanted: Type | None, exact: bool) -> Type:
-    fits = types_for(spec, width)
-    if exact:
-        fits = [kind for kind in fits if is_exact(spec, width, kind)]
+    """wanted: None for whatever holds the codes."""
+    fits = [kind for kind in types_for(spec, width) if not exact or is_exact(spec, width, kind)]
     if wanted is None:
         best = next(iter(fits), None) if exact else default_type(spec, width)
         if best is None:
-            raise ValueError(f"{name}: no type of blocks holds {spec} for rows of {width}; choose type F16, which dequantizes")
+            how = f"{spec.bits} bits, groups of {spec.group_size}, {'symmetric' if spec.symmetric else 'with zero points'}"
+            keeps = "F32 keeps" if exact else "F16 holds"
+            raise ValueError(f"{name}: no type of blocks holds its codes ({how}; rows of {width}); {keeps} the dequantized weights")
         return best
-    if wanted in FLOATS:
-        return wanted
-    if reason := misfit(spec, width, wanted):
+    if wanted not in FLOATS and (reason := misfit(spec, width, wanted)):
         raise ValueError(f"{name}: {reason}")
-    if exact and wanted not in fits:
-        raise ValueError(
-            f"{name}: {wanted.name} holds the codes, but not the scales bit for bit; exact are {', '.join(k.name for k in fits)}"
-        )
+    if exact and wanted not in (*fits, Type.F32):
+        those = ", ".join([*(kind.name for kind in fits), "F32"])
+        raise ValueError(f"{name}: {wanted.name} does not hold its weights bit for bit; exact are {those}")
     return wanted

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from awq_hf.exporters.gguf.encode import Rows, encode, n_bytes, n_rows, rotary_o
 from awq_hf.exporters.gguf.names import Place, Plan, add_shape, make_plan, origin
 from awq_hf.exporters.gguf.rope import add_rope
 from awq_hf.exporters.gguf.tokenizer import load_tokenizer, read_vocabulary
-from awq_hf.exporters.gguf.types import AUTO, assign, check_name, file_type, most_used
+from awq_hf.exporters.gguf.types import assign, check_name, encoding, file_type
 from awq_hf.spec import EncodedWeight
 
 if TYPE_CHECKING:
@@ -63,6 +64,52 @@ def export(
     Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
     tensors that turn out to hold something unfit are found before anything is written.
     """
+    file = prepare(
+        checkpoint, path, type=type, exact=exact, types=types, tokenizer=tokenizer, pre_tokenizer=pre_tokenizer, metadata=metadata,
+        shard_size=shard_size, overwrite=overwrite,
+    )  # fmt: skip
+    with _new_files(file) as temporary:
+        layout = _Layout(file.writer, temporary)
+        with layout, _bar(layout.total, progress) as advance:
+            for name, tensor in file.extra.items():
+                layout.write(name, 0, encode(tensor, Type.F32), advance)
+            for name, value in checkpoint.items():
+                if (place := file.plan.places.get(name)) is None:
+                    continue
+                rows, columns = (encoded or {}).get(name, value), (importance or {}).get(place.target)
+                try:
+                    _write_tensor(layout, place, rows, file.plan.shapes[place.target], file.types[place.target], columns, advance)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+    return file.names
+
+
+@dataclass(frozen=True)
+class PreparedFile:
+    """writer: knows all of the file but the tensors; extra: tensors that no checkpoint has, by name; names: of the files to be."""
+
+    writer: GGUFWriter
+    plan: Plan
+    types: dict[str, Type]
+    extra: Mapping[str, Tensor]
+    target: Path
+    names: list[Path]
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    type: str = "auto",
+    exact: bool = False,
+    types: Mapping[str, Type] | None = None,
+    tokenizer: Any = None,
+    pre_tokenizer: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    shard_size: int | None = None,
+    overwrite: bool = False,
+) -> PreparedFile:
+    """All that `export` does before it writes, for who has long work to do first. Raises what it raises."""
     config, wanted = checkpoint.config.get_text_config(), check_name(type)
     architecture = find_architecture(config)
     if config is not checkpoint.config:
@@ -80,22 +127,9 @@ def export(
         _declare(writer, name, tuple(tensor.shape), Type.F32)
     for name, shape in plan.shapes.items():
         _declare(writer, name, shape, kinds[name])
-    about = _describe(writer, checkpoint, file_type(wanted, kinds), metadata or {})
-    target = _target(Path(path), about, most_used(kinds).name if wanted == AUTO else wanted)
-    with _new_files(writer, target, overwrite) as (files, temporary):
-        layout = _Layout(writer, temporary)
-        with layout, _bar(layout.total, progress) as advance:
-            for name, tensor in extra.items():
-                layout.write(name, 0, encode(tensor, Type.F32), advance)
-            for name, value in checkpoint.items():
-                if name in plan.places:
-                    target_name = plan.places[name].target
-                    rows, columns = (encoded or {}).get(name, value), (importance or {}).get(target_name)
-                    try:
-                        _write_tensor(layout, plan.places[name], rows, plan.shapes[target_name], kinds[target_name], columns, advance)
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from error
-    return files
+    called = file_type(wanted, kinds)
+    target = _target(Path(path), _describe(writer, checkpoint, called, metadata or {}), encoding(called))
+    return PreparedFile(writer, plan, kinds, extra, target, _free_names(writer, target, overwrite))
 
 
 def plan_tensors(checkpoint: Checkpoint) -> Plan:
@@ -204,21 +238,28 @@ def _of_expert(importance: Tensor | None, place: Place) -> Tensor | None:
     return importance[place.expert] if importance is not None and importance.ndim == 2 and place.expert is not None else importance
 
 
-@contextmanager
-def _new_files(writer: GGUFWriter, target: Path, overwrite: bool) -> Iterator[tuple[list[Path], Path]]:
-    """The names to write, and one under which to write them first; renamed when all went well, removed when not."""
-    files = writer.format_shard_names(target)
+def _free_names(writer: GGUFWriter, target: Path, overwrite: bool) -> list[Path]:
+    """Of the files to write. Raises FileExistsError, and OSError where there is no room."""
+    files: list[Path] = writer.format_shard_names(target)
     if not overwrite and (found := [file for file in files if file.exists()]):
         raise FileExistsError(f"{found[0]} exists; choose another name, or say overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(info.nbytes for part in writer.tensors for info in part.values()), shutil.disk_usage(target.parent).free
+    parent = next(folder for folder in target.parents if folder.exists())
+    needed, free = sum(info.nbytes for part in writer.tensors for info in part.values()), shutil.disk_usage(parent).free
     if needed > free:
         raise OSError(f"{target.parent} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB")
+    return files
+
+
+@contextmanager
+def _new_files(file: PreparedFile) -> Iterator[Path]:
+    """A name to write under first; renamed when all went well, removed when not."""
+    target = file.target
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.stem}.", dir=target.parent))
     try:
-        yield files, partial / target.name
-        for file in files:
-            (partial / file.name).replace(file)
+        yield partial / target.name
+        for name in file.names:
+            (partial / name.name).replace(name)
     except OSError as error:
         if error.filename is not None:  # what failed was opening another file
             raise

@@ -172,7 +172,7 @@ def test_a_failing_tensor_leaves_nothing_and_is_named(folder: Path, tmp_path: Pa
     with pytest.raises(
         ValueError, match=r"^model.layers.1.mlp.up_proj.weight: a value of .* does not fit float16 .*: use type BF16 or F32"
     ):
-        export(broken, tmp_path / "model.gguf", progress=False)
+        export(broken, tmp_path / "model.gguf", type="F16", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,9 +180,9 @@ def test_one_tensor_is_in_memory_at_a_time(folder: Path, tmp_path: Path, monkeyp
     """Tensors are asked for one by one, each written before the next; long ones are encoded in pieces."""
     checkpoint, events = open_checkpoint(folder), list[Any]()
 
-    def encoded(rows: torch.Tensor, kind: Type) -> Any:
+    def encoded(rows: torch.Tensor, kind: Type, importance: torch.Tensor | None = None) -> Any:
         events.append(tuple(rows.shape))
-        return encode.encode(rows, kind)
+        return encode.encode(rows, kind, importance)
 
     def loaded(name: str) -> torch.Tensor:
         events.append(name)
