@@ -46,8 +46,8 @@ class Subject:
         tokens = _tokens(AutoTokenizer.from_pretrained(source), text.read_text(encoding="utf-8"))
         return cls(source.name, source, tokens[:calibration_tokens], tokens[calibration_tokens:])
 
-    def load(self, config: AwqConfig | None = None) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.source, quantization_config=config, dtype=self.dtype)
+    def load(self, config: AwqConfig | None = None, dtype: str | None = None) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.source, quantization_config=config, dtype=dtype or self.dtype)
 
     def config(self, plain: bool = False, **changes: Any) -> AwqConfig:
         options: dict[str, Any] = dict(calibration=[self.calibration], samples=64, seq_len=self.seq_len) | changes
