@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 # Before transformers is imported. Nothing here needs a network, and on tiny matrices threads only wait for each other.
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+# The exact reference computes, but for tests of the kernels: what a float32 model gives is compared with tight tolerances.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", AWQ_HF_KERNEL="reference")
 torch.set_num_threads(1)
 
 VOCABULARY = 96
@@ -41,10 +42,12 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
-@pytest.fixture
-def on_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exact reference computes, where results are compared with what float32 gives."""
-    monkeypatch.setenv("AWQ_HF_KERNEL", "reference")
+@pytest.fixture(scope="module")
+def usual_kernels() -> Iterator[None]:
+    """The kernels that users get."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWQ_HF_KERNEL")
+        yield
 
 
 @pytest.fixture(scope="session")

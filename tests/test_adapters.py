@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from awq_hf import AwqLinear
 
+pytestmark = pytest.mark.usefixtures("usual_kernels")
+
 
 @pytest.fixture
 def model(quantized_dir: Path) -> Any:

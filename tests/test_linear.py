@@ -18,6 +18,8 @@ from awq_hf.kernels.dispatch import LAYOUTS
 from awq_hf.linear import AwqLinear
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
+pytestmark = pytest.mark.usefixtures("usual_kernels")
+
 SPECS = [QuantSpec(4, 16), QuantSpec(4, -1, True), QuantSpec(2, 32), QuantSpec(3, 16), QuantSpec(8, -1)]
 
 

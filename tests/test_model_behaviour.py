@@ -15,9 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from awq_hf import AwqLinear
 
+pytestmark = pytest.mark.usefixtures("usual_kernels")
+
 
 @pytest.fixture(scope="module", params=["loaded", "quantized"])
-def make(request: pytest.FixtureRequest, quantized_dir: Path, llama_dir: Path, small_config: Callable[..., Any]) -> Callable[..., Any]:
+def make(
+    usual_kernels: None, request: pytest.FixtureRequest, quantized_dir: Path, llama_dir: Path, small_config: Callable[..., Any]
+) -> Callable[..., Any]:
     """make(): a tiny quantized model of its own for every test."""
     if request.param == "loaded":
         return lambda **options: AutoModelForCausalLM.from_pretrained(quantized_dir, **options)
@@ -146,6 +150,12 @@ def test_ways_to_load(options: dict[str, Any], make: Callable[..., Any], prompt:
 
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.fixture
+def on_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched for every call runs on the reference; so does the rest then."""
+    monkeypatch.setenv("AWQ_HF_KERNEL", "reference")
 
 
 @pytest.mark.usefixtures("on_reference")

@@ -16,6 +16,8 @@ from torch import Tensor
 import awq_hf
 from awq_hf.inspection import Contents, inspect
 
+pytestmark = pytest.mark.usefixtures("usual_kernels")
+
 
 def contents_of(path: Path) -> Contents:
     found = inspect(str(path))

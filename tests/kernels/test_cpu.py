@@ -180,6 +180,8 @@ def test_the_orders_of_other_cpus(capability: str) -> None:
     code = """
 import torch
 from awq_hf.kernels import cpu
+
+pytestmark = pytest.mark.usefixtures("usual_kernels")
 q = torch.randint(0, 16, (130, 256), dtype=torch.uint8)
 scales, zeros = torch.rand(130, 2).half(), torch.randint(0, 16, (130, 2), dtype=torch.uint8)
 weight = cpu.pack(q, scales, zeros)

@@ -10,6 +10,8 @@ from awq_hf.kernels import dispatch
 from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS, Kernel, Layout, choose, choose_layout
 from awq_hf.kernels.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("usual_kernels")
+
 HALF = Problem(1, 64, 128, 2, torch.float16, "cuda")
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from awq_hf.kernels import ops, reference, routing
 from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS
 
+pytestmark = pytest.mark.usefixtures("usual_kernels")
+
 # layout, bits, out_features, dtype, with bias; 64 columns in 2 groups
 CASES = [
     ("canonical", 4, 24, torch.float32, True),
