@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awq_hf.affine import MIN_SCALE, Grid, choose_grid, dequantize, quantize
 from awq_hf.rounding import ROUNDERS
-from awq_hf.rounding.descent import round_by_descent
+from awq_hf.rounding.descent import codes_by_descent, round_by_descent
 from awq_hf.rounding.gptq import RoundingFailed, damping, inverse_factor, round_by_gptq
 from awq_hf.spec import QuantSpec
 
@@ -148,6 +148,24 @@ def test_more_sweeps_never_hurt() -> None:
     errors = [error(*round_by_descent(weight, grid, h, sweeps), weight, h) for sweeps in range(6)]
     assert torch.equal(errors[0], error(*round_by_gptq(weight, grid, h), weight, h))
     assert all(bool((b <= a * (1 + 1e-4)).all()) for a, b in itertools.pairwise(errors))
+
+
+def test_codes_on_a_grid_that_stays_are_the_best_that_each_can_be_alone() -> None:
+    """Steps may be negative, as those of GGUF's symmetric types are, and zero points need be no integers."""
+    torch.manual_seed(0)
+    weight, h = torch.randn(6, 32), correlated(32)
+    grid = choose_grid(weight, QuantSpec(3, 16))
+    sign = torch.tensor([[1.0, -1.0]])
+    grid = Grid(grid.scales * sign, torch.where(sign > 0, grid.zero_points, 7 - grid.zero_points) + 0.3, grid.spec)
+    codes = codes_by_descent(weight, grid, h, sweeps=50)
+    assert torch.equal(codes, codes.round()) and codes.min() == 0 and codes.max() == 7
+    best = error(codes, grid, weight, h)
+    assert (best < error(quantize(weight, grid), grid, weight, h)).all()
+    for column in range(32):
+        for step in (-1, 1):
+            other = codes.clone()
+            other[:, column] = (other[:, column] + step).clamp(0, 7)
+            assert (error(other, grid, weight, h) >= best * (1 - 1e-5)).all()
 
 
 def test_inverse_factor_is_the_upper_factor_of_the_inverse() -> None:
