@@ -111,13 +111,18 @@ def quantize(
     device: Device = None,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    scales_for: Annotated[
+        str | None, typer.Option(help="Q4_K or Q4_1: scales that this GGUF type holds exactly; an exported file has the same weights then.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model and write a checkpoint that vLLM, SGLang, transformers and MLX read (4 bits)."""
     import awq_hf
 
     what = _config(bits, group_size, symmetric, skip, override)
-    config = awq_hf.AwqConfig(**what, calibration=calibration, samples=samples, seq_len=seq_len, rounding=rounding, seed=seed)
+    config = awq_hf.AwqConfig(
+        **what, calibration=calibration, samples=samples, seq_len=seq_len, rounding=rounding, seed=seed, scales_for=scales_for
+    )
     result: Any = awq_hf.quantize(model, config, output_dir=out, dtype=_dtype(dtype), device_map=_device(device))
     if as_json:
         typer.echo(json.dumps(result.awq_report.to_dict()))
