@@ -84,6 +84,6 @@ def publish(name: str, title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=160).print(table)
+    Console(width=max(160, 14 * len(rows[0]))).print(table)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=1) + "\n")
