@@ -90,7 +90,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=160).print(table)
+    Console(width=max(160, 14 * len(rows[0]))).print(table)
 
 
 def write(name: str, title: str, rows: list[dict[str, Any]], **more: Any) -> None:
