@@ -94,9 +94,8 @@ def _searched(
     config.tokenizer = config.tokenizer or options.get("tokenizer")
     recipe = config.recipe(getattr(loaded.config.get_text_config(), "max_position_embeddings", None))
     windows = calibration_windows(loaded, config, recipe)
-    encoded = encode_model(
-        loaded, {module: types[plan.places[name].target] for name, module in names.items()}, recipe, windows, compat.progress_bar
-    )
+    kinds = {module: types[plan.places[name].target] for name, module in names.items()}
+    encoded = encode_model(loaded, kinds, recipe, windows, compat.progress_bar if options.get("progress", True) else None)
     weights = {name: encoded.weights[module] for name, module in names.items() if module in encoded.weights}
     smoothed = open_checkpoint(loaded)
     files = export(smoothed, path, type=wanted, encoded=weights, types=types, **options)
