@@ -56,7 +56,7 @@ ALLOWED = {
     "cli": "api compat config demo evaluate evaluation_table exporters.table inspection linear report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
-TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "inspection"}
+TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "to_gguf", "inspection"}
 LEAVES = {"cli", "demo"}  # nobody imports them, but for cli, which starts the demonstration
 
 FOUND = {*PACKAGE.rglob("*.py"), *(path for folder in BARE for path in (PACKAGE / folder).rglob("*.py"))}  # links are not followed
