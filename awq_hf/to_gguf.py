@@ -29,6 +29,7 @@ from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.types import AUTO, FLOATS, check_name
 from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types, prepare
 from awq_hf.hf_quantizer import calibration_windows
+from awq_hf.pipeline import Progress
 from awq_hf.report import Report
 from awq_hf.sensitivity import measure
 
@@ -119,6 +120,7 @@ class _Search:
     def __init__(self, checkpoint: Checkpoint, model: Any, plan: Plan, config: AwqConfig, device: str, location: Mapping[str, Any]) -> None:
         self.checkpoint, self.source, self.plan, self.device, self.location = checkpoint, model, plan, device, location
         self.config = copy.copy(config)
+        self.progress: Progress | None = None
 
     def export(
         self, types: dict[str, Type], path: Any, wanted: str, target_bpw: float | None, save_imatrix: Any, options: dict[str, Any]
@@ -128,10 +130,11 @@ class _Search:
         recipe = self.config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
         windows = calibration_windows(model, self.config, recipe)
         names = _linears(model, self.plan, types)
+        self.progress = compat.progress_bar if options.get("progress", True) else None
         if target_bpw is not None:
             types, wanted = self._within(target_bpw, types, model, windows, names), AUTO
         kinds = {module: types[self.plan.places[name].target] for name, module in names.items()}
-        encoded = encode_model(model, kinds, recipe, windows, compat.progress_bar)
+        encoded = encode_model(model, kinds, recipe, windows, self.progress)
         weights = {name: encoded.weights[module] for name, module in names.items()}
         files = export(open_checkpoint(model), path, type=wanted, encoded=weights, types=types, **options)
         if save_imatrix is not None:
@@ -150,7 +153,7 @@ class _Search:
         """Types of the least predicted divergence for a file of target_bpw bits a weight, of all its tensors."""
         shapes, targets = self.plan.shapes, {module: self.plan.places[name].target for name, module in names.items()}
         few = windows.sample(min(MEASURED_WINDOWS, len(windows.input_ids)), self.config.seed)
-        costs = {targets[module]: cost for module, cost in measure(model, few, list(targets), progress=compat.progress_bar).items()}
+        costs = {targets[module]: cost for module, cost in measure(model, few, list(targets), progress=self.progress).items()}
         sizes = {target: {kind: n_bytes(shapes[target], kind) for kind in cost} for target, cost in costs.items()}
         fixed = sum(n_bytes(shape, types[name]) for name, shape in shapes.items() if name not in costs)
         weights = sum(math.prod(shape) for shape in shapes.values())

@@ -195,13 +195,3 @@ def test_codes_that_are_chosen_together_have_less_error_on_the_same_steps(kind: 
     assert (error(together) < error(data)).float().mean() > 0.9
     assert error(together).sum() < 0.9 * error(data).sum()
     assert not decode(together, Type[kind])[3, :32].any()
-
-
-def test_channels_that_calibration_never_used_are_kept() -> None:
-    """The quantizers by themselves would make zeros of blocks that have no importance at all."""
-    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
-    importance = torch.ones(512)
-    importance[:300] = 0
-    for kind in (Type.Q4_K, Type.Q6_K, Type.Q4_0, Type.IQ4_XS):
-        for columns in (importance, torch.zeros(512)):
-            assert (decode(encode(weight, kind, columns), kind) - weight)[:, :256].norm() < 0.12 * weight[:, :256].norm()

@@ -46,7 +46,7 @@ ALLOWED = {
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline prepare "
     "compat config",
-    "to_gguf": "blocks calibration config sensitivity encoding exporters hf_quantizer compat report",
+    "to_gguf": "blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
     "api": "config hf_quantizer compat exporters output to_gguf",
     "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat output",
@@ -57,7 +57,7 @@ ALLOWED = {
     "cli": "api compat config demo evaluate evaluation_table exporters.table inspection linear report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
-TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "inspection"}
+TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "to_gguf", "inspection"}
 LEAVES = {"cli", "demo"}  # nobody imports them, but for cli, which starts the demonstration
 
 FOUND = {*PACKAGE.rglob("*.py"), *(path for folder in BARE for path in (PACKAGE / folder).rglob("*.py"))}  # links are not followed
