@@ -189,7 +189,7 @@ def test_transformers_own_config_quantizes_with_our_defaults(
     llama_dir: Path, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch, prompt: Tensor
 ) -> None:
     monkeypatch.setattr(hf_quantizer, "load_windows", lambda _calibration, _tokenizer, seq_len, **_: awq_windows(tokens, seq_len))
-    monkeypatch.setattr(AwqHfQuantizer, "_tokenizer", lambda *_: None)
+    monkeypatch.setattr(hf_quantizer, "_tokenizer", lambda *_: None)
     model = quantized(llama_dir, transformers.AwqConfig(bits=4, group_size=32))
     assert isinstance(model.get_submodule(Q_PROJ), AwqLinear) and isinstance(model.config.quantization_config, AwqConfig)
     assert torch.isfinite(model(prompt).logits).all()

@@ -54,7 +54,7 @@ ALLOWED = {
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
     "demo": "api config evaluate linear output report to_gguf",
-    "cli": "api compat config demo evaluate evaluation_table exporters.table inspection linear report spec",
+    "cli": "api exporters to_gguf compat config demo evaluate evaluation_table exporters.table inspection linear report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
 TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "to_gguf", "inspection"}

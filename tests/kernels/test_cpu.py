@@ -23,6 +23,8 @@ from torch import Tensor
 from awq_hf.kernels import cpu, native
 from awq_hf.kernels.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("usual_kernels")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # out_features, in_features, columns of a group: whole and partial blocks of rows and columns
 SHAPES = [(64, 128, 128), (70, 96, 32), (1, 192, 64), (130, 512, 256), (8, 100, 100), (33, 384, 128), (16, 512, 512)]
@@ -180,8 +182,6 @@ def test_the_orders_of_other_cpus(capability: str) -> None:
     code = """
 import torch
 from awq_hf.kernels import cpu
-
-pytestmark = pytest.mark.usefixtures("usual_kernels")
 q = torch.randint(0, 16, (130, 256), dtype=torch.uint8)
 scales, zeros = torch.rand(130, 2).half(), torch.randint(0, 16, (130, 2), dtype=torch.uint8)
 weight = cpu.pack(q, scales, zeros)
