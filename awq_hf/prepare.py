@@ -6,10 +6,12 @@ import logging
 from typing import Any
 
 from awq_hf import compat
+from awq_hf.freed import drop_file_pages, give_back
 from awq_hf.linear import AwqLinear
 
 logger = logging.getLogger("awq_hf")
 
+LARGE = 1 << 20  # weights whose rearranging leaves enough memory behind to be worth giving back
 OFFLOADED = "its weights are kept elsewhere and fetched for every call, which leaves no time to rearrange them"
 
 
@@ -19,13 +21,21 @@ def prepare_kernels(model: Any) -> None:
     dtype = model.get_input_embeddings().weight.dtype
     slow: dict[str, list[str]] = {}
     cautions: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, AwqLinear):
-            reason = OFFLOADED if compat.is_offloaded(module) else module.prepare(dtype)
-            if reason is not None:
-                slow.setdefault(reason, []).append(name)
-            elif caution := module.caution():
-                cautions.add(caution)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, AwqLinear)]
+    # The largest first: what rearranging it takes for a moment is on top of the least.
+    for name, module in sorted(modules, key=lambda item: -item[1].in_features * item[1].out_features):
+        stored = list(module.parameters())
+        reason = OFFLOADED if compat.is_offloaded(module) else module.prepare(dtype)
+        kept = {id(parameter) for parameter in module.parameters()}
+        for parameter in stored:
+            if id(parameter) not in kept:
+                drop_file_pages(parameter)
+        if module.in_features * module.out_features > LARGE:
+            give_back()
+        if reason is not None:
+            slow.setdefault(reason, []).append(name)
+        elif caution := module.caution():
+            cautions.add(caution)
     for caution in sorted(cautions):
         logger.warning("%s", caution)
     for reason, names in slow.items():

@@ -4,7 +4,7 @@ python -m benchmarks.decode                     a random Llama of 1B shape, in b
 python -m benchmarks.decode --shape 8B --device cuda             on a GPU, a kernel launched at a time
 python -m benchmarks.decode --shape 8B --device cuda --graphs    compiled, replaying CUDA graphs
 
-The models are random and written to a temporary directory; each is loaded in a process of its own. The vocabulary has 32,000 tokens, tied,
+The models are random and written to a temporary directory; each is loaded in a process of its own. The vocabulary has 8,000 tokens, tied,
 so that embeddings, which stay in float, do not hide what happens to the rest. Memory is the peak above what Python and the libraries take.
 """
 
@@ -35,11 +35,12 @@ SHAPES: dict[str, dict[str, int]] = {  # of the decoder blocks of Llama-3.2-1B a
     "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2),
 }
 SPEC = QuantSpec(4, 128)
+VOCABULARY = 8_000
 SETTLED = 8  # tokens after which every step is alike: generate makes a new cache each time, and CUDA graphs are recorded again for it
 
 
 def write_float(directory: Path, shape: str, dtype: torch.dtype, device: str) -> None:
-    config = LlamaConfig(**SHAPES[shape], vocab_size=32_000, tie_word_embeddings=True)
+    config = LlamaConfig(**SHAPES[shape], vocab_size=VOCABULARY, tie_word_embeddings=True)
     torch.set_default_dtype(dtype)
     with torch.device(device):
         LlamaForCausalLM(config).save_pretrained(directory)
@@ -66,7 +67,7 @@ def measure(directory: str, device: str, prompt: int, tokens: int, repeats: int,
     sampler, start = Sampler(), resident()
     sampler.start()
     model = AutoModelForCausalLM.from_pretrained(directory, device_map=device)
-    ids = torch.randint(3, 32_000, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(3, VOCABULARY, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     options: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(ids))
     if graphs:  # generate compiles the steps after the prompt by itself, for a static cache
         options |= dict(cache_implementation="static", compile_config=CompileConfig(mode="reduce-overhead", fullgraph=True))

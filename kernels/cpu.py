@@ -27,7 +27,7 @@ COLUMNS = GROUPS[-1]  # a row is padded to a multiple of this
 ROWS = 64  # W is padded to a multiple of this: torch's blocks of rows are then whole
 CHUNK = 1 << 19  # weights dequantized at a time: a few MB, near the caches
 # Tokens up to which torch's kernel is used: the crossover of the two paths, 4096 x 4096, 2 threads with AVX-512 and bfloat16 instructions.
-CROSSOVER = {torch.bfloat16: 72, torch.float32: 192, torch.float16: 192}
+CROSSOVER = {torch.bfloat16: 128, torch.float32: 192, torch.float16: 192}
 
 
 class CpuWeight(NamedTuple):

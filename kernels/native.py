@@ -32,7 +32,7 @@ OPENMP = "-fopenmp"  # without it at::parallel_for is a plain loop
 FLAGS = ("-O3", OPENMP, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma")  # not -march=native: homes are shared between machines
 CHUNK = 1 << 20  # weights dequantized at a time: 2 or 4 MB, about the caches
 # Tokens up to which the kernel is used, and above which dequantizing and torch's matmul are faster; 4096 x 4096, AVX-512 with bfloat16.
-CROSSOVER = {torch.bfloat16: 32, torch.float32: 32, torch.float16: 32}
+CROSSOVER = {torch.bfloat16: 32, torch.float32: 128, torch.float16: 128}
 
 logger = logging.getLogger(__name__)
 

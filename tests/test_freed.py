@@ -5,10 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from awq_hf import freed
+from awq_hf.freed import drop_file_pages
 
 PROGRAM = """
 import ctypes, torch
@@ -41,3 +45,28 @@ def test_does_nothing_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch) -
 def test_gives_back_what_glibc_kept() -> None:
     kilobytes = int(subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout)
     assert kilobytes > 100_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
+def test_pages_of_a_file_are_dropped_and_come_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(1 << 21), "b": torch.ones(1 << 10)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    mapped = load_file(tmp_path / "m.safetensors")
+    assert torch.equal(mapped["a"], tensors["a"])  # reads it
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    before = resident()
+    drop_file_pages(mapped["a"])
+    assert before - resident() > 15_000  # of 16,384 kB
+    assert torch.equal(mapped["a"], tensors["a"]) and torch.equal(mapped["b"], tensors["b"])
+
+
+def test_memory_that_is_no_files_is_left_alone() -> None:
+    tensor = torch.ones(1 << 20)
+    drop_file_pages(tensor)
+    drop_file_pages(torch.empty(0))
+    drop_file_pages(torch.empty(4, device="meta"))
+    assert bool((tensor == 1).all())

@@ -31,7 +31,7 @@ ALLOWED = {
     "preflight": "spec representable kernels.layout matrices blocks calibration recipe",
     "skip_list": "",
     "linear": "spec kernels",
-    "prepare": "linear compat",
+    "prepare": "linear freed compat",
     "headers": "",
     "stored": "spec kernels.layout kernels.foreign headers",
     "checkpoint": "spec kernels.layout kernels.foreign linear matrices headers stored compat",
