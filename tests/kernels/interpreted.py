@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import dequantize, experts, gemm, gemv, jit, layout, reference, tuning
+from awq_hf.kernels import dequantize, dispatch, experts, gemm, gemv, jit, layout, ops, reference, tuning
 from awq_hf.kernels.kernel_layout import KernelWeight, to_kernel
 from awq_hf.kernels.problem import Problem
 
@@ -215,3 +215,19 @@ def test_unread_padding_of_the_last_block_may_be_anything() -> None:
 
 def test_this_is_the_interpreter() -> None:
     assert jit.INTERPRETED
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("m", "kernel"), [(1, "triton-gemv"), (3, "triton-gemm"), (dispatch.GEMM_TOKENS + 1, "triton-dequantize")])
+def test_the_op_comes_to_the_kernel_for_so_many_tokens(bits: int, m: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    case = Case(16, 128, 64, m, torch.float16, bits)
+    found, reason = dispatch.choose_layout(case.problem)
+    assert (found.name, reason) == ("triton", None)
+    chosen = dispatch.choose(case.problem, found)
+    assert chosen is not None and chosen.name == kernel
+    y = ops.linear(case.x, list(case.weight), case.bias, 16, 2, bits, "triton")
+    torch.testing.assert_close(y.double(), case.exact + case.bias.double(), rtol=2e-3, atol=0)
+    dy = torch.ones(2, 16, dtype=torch.float16)
+    dx = ops.input_grad(dy, list(case.weight), 128, 2, bits, "triton")
+    torch.testing.assert_close(dx.double(), dy.double() @ case.dense.T, rtol=2e-3, atol=1e-2)
