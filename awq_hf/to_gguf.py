@@ -31,7 +31,7 @@ from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types, prepa
 from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.pipeline import Progress
 from awq_hf.report import Report
-from awq_hf.sensitivity import measure
+from awq_hf.sensitivity import candidates, measure
 
 MEASURED_WINDOWS = 16  # of the calibration's, whose gradients say how much a Linear matters
 DEFAULT = "Q4_K_M"  # of float models
@@ -94,6 +94,8 @@ def to_gguf(
     types = plan_types(checkpoint, plan, wanted)
     if not searched or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
+    if target_bpw is not None:
+        _check_budget(target_bpw, plan, types, checkpoint.label)
     prepare(checkpoint, path, type=wanted, types=types, **{key: value for key, value in options.items() if key != "progress"})
     return _Search(checkpoint, model, plan, config or AwqConfig(), device, location or {}).export(
         types, path, wanted, target_bpw, save_imatrix, options
@@ -107,6 +109,20 @@ def _importance(file: str | os.PathLike[str], plan: Plan) -> dict[str, Tensor]:
     if not any(values is not None for values in found.values()):
         raise ValueError(f"{file} has no entry for any matrix of this model: it is of another one")
     return {name: torch.from_numpy(np.ascontiguousarray(values, np.float32)) for name, values in found.items() if values is not None}
+
+
+def _check_budget(target_bpw: float, plan: Plan, types: Mapping[str, Type], label: str) -> None:
+    """Raises ValueError for a budget that the smallest types of the blocks' matrices, and the others as they are, do not keep."""
+    least = weights = 0
+    for name, shape in plan.shapes.items():
+        free = name.startswith("blk.") and len(shape) == 2 and types[name] not in FLOATS
+        kinds = [types[name], *(candidates(shape[-1]) if free else ())]
+        least, weights = least + min(n_bytes(shape, kind) for kind in kinds), weights + math.prod(shape)
+    if 8 * least > target_bpw * weights:
+        bits = math.ceil(800 * least / weights) / 100
+        raise ValueError(
+            f"target_bpw={target_bpw} is too little: {label} takes at least {bits:.2f} bits a weight, of all tensors of the file"
+        )
 
 
 def _usual(bits_per_weight: float) -> str:

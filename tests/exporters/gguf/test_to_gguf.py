@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from awq_hf.affine import dequantize_weight
 from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from awq_hf.kernels.foreign import pack_gemv, pack_gemv_fast, pad_groups, scale_zeros
 from awq_hf.spec import QuantizedWeight
 from awq_hf.to_gguf import to_gguf
@@ -228,12 +229,19 @@ def test_a_directory_is_searched_with_its_own_tokenizer(build: Any, small_config
     assert GGUFReader(file).fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
 
 
+def matrix(path: Path, **entries: Any) -> Path:
+    """An importance matrix of llama.cpp's. entries: by name, _ for the dots."""
+    found = {f"{name.replace('_', '.', 2)}.weight": Entry(mean.astype(np.float32), np.array([1])) for name, mean in entries.items()}
+    write_imatrix(path, Imatrix(found, ("text",), 1, 512))
+    return path
+
+
 def test_an_importance_matrix_takes_the_place_of_the_search(build: Any, tmp_path: Path) -> None:
     model, tokenizer = build("llama", num_hidden_layers=1)
     columns = np.ones(256, np.float32)
     columns[::8] = 100
     options = dict(type="Q4_K", tokenizer=tokenizer, **QUIET)
-    found = to_gguf(model, tmp_path / "a.gguf", importance={"blk.0.ffn_up.weight": columns}, **options)
+    found = to_gguf(model, tmp_path / "a.gguf", imatrix=matrix(tmp_path / "im.dat", blk_0_ffn_up=columns), **options)
     plain = to_gguf(model, tmp_path / "b.gguf", search=False, **options)
     assert found.report is None
     a, b = tensors(found.files[0]), tensors(plain.files[0])
@@ -243,17 +251,37 @@ def test_an_importance_matrix_takes_the_place_of_the_search(build: Any, tmp_path
     assert errors[0] < 0.9 * errors[1]
 
 
+def test_types_within_a_budget_and_the_importance_that_was_measured(build: Any, small_config: Any, tmp_path: Path) -> None:
+    model, tokenizer = build("llama", num_hidden_layers=2)
+    options = dict(config=small_config(samples=4), tokenizer=tokenizer, **QUIET)
+    sizes, mixes = [], []
+    for bits in (4.5, 6.0):
+        found = to_gguf(model, tmp_path / f"{bits}.gguf", target_bpw=bits, save_imatrix=tmp_path / f"{bits}.dat", **options)
+        stored = tensors(found.files[0])
+        weights = sum(int(np.prod(tensor.shape)) for tensor in stored.values())
+        sizes.append(8 * sum(tensor.n_bytes for tensor in stored.values()) / weights)
+        mixes.append({name: tensor.tensor_type for name, tensor in stored.items()})
+        assert bits - 0.5 < sizes[-1] <= bits and mixes[-1] == found.types
+    assert len({kind for name, kind in mixes[0].items() if name.startswith("blk.") and kind is not Type.F32}) > 1
+    entries = read_imatrix(tmp_path / "4.5.dat").entries
+    assert entries.keys() == {name for name, kind in mixes[0].items() if name.startswith("blk.") and kind is not Type.F32}
+    again = to_gguf(model, tmp_path / "again.gguf", type="Q4_K", imatrix=tmp_path / "4.5.dat", tokenizer=tokenizer, **QUIET)
+    assert again.report is None
+
+
 # What is refused
 
 
 def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(
-    build: Any, plain: Any, small_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Any, plain: Any, small_config: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = build("llama", num_hidden_layers=1)
+    matrices = tmp_path_factory.mktemp("importance")
     quantized, eight = plain(copy.deepcopy(model), group_size=128), plain(copy.deepcopy(model), group_size=128, bits=8)
-    monkeypatch.setattr("awq_hf.to_gguf.encode_model", lambda *_: pytest.fail("work was done first"))
+    for work in ("encode_model", "measure", "calibration_windows"):
+        monkeypatch.setattr(f"awq_hf.to_gguf.{work}", lambda *_, **__: pytest.fail("work was done first"))
     (tmp_path / "there.gguf").write_text("old")
-    ones = {"blk.7.ffn_up.weight": np.ones(256, np.float32)}
+    other, narrow = matrix(matrices / "other.gguf", blk_7_ffn_up=np.ones(256)), matrix(matrices / "narrow", blk_0_ffn_up=np.ones(64))
     for given, options, error, message in (
         (
             model,
@@ -271,9 +299,14 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(
             r"^model.layers.0.mlp.gate_proj.weight: Q3_K cannot hold these codes: .*; types that do: Q4_K",
         ),
         (quantized, dict(type="Q4_K", exact=True), ValueError, "Q4_K does not hold its weights bit for bit; exact are Q5_0"),
-        (model, dict(importance=ones), ValueError, "entry blk.7.ffn_up.weight, which the model has not: it is of another model"),
-        (quantized, dict(importance=ones), ValueError, "entry blk.7.ffn_up.weight, which the model has not"),
-        (model, dict(importance={"blk.0.ffn_up.weight": np.ones(64)}), ValueError, "up_proj.weight: importance must be 256 .* numbers"),
+        (model, dict(imatrix=other), ValueError, "other.gguf has no entry for any matrix of this model: it is of another one"),
+        (quantized, dict(imatrix=other), ValueError, "has no entry for any matrix of this model"),
+        (model, dict(imatrix=narrow), ValueError, "has 64 values for blk.0.ffn_up.weight .*: it is another model's"),
+        (model, dict(target_bpw=4.5, search=False), ValueError, "target_bpw chooses types by a search, which needs a float model"),
+        (quantized, dict(target_bpw=4.5), ValueError, "target_bpw chooses types by a search, which needs a float model"),
+        (model, dict(target_bpw=1.0), ValueError, r"target_bpw=1.0 is too little: .* takes at least \d\.\d+ bits a weight"),
+        (quantized, dict(save_imatrix=matrices / "new"), ValueError, "new cannot be saved: only the search of a float model measures"),
+        (model, dict(save_imatrix=narrow), ValueError, "narrow exists; choose another name"),
         (eight, {}, ValueError, r"down_proj.weight: no type of blocks holds its codes \(8 bits, .*\); F16 holds"),
         (model, dict(tokenizer=None), ValueError, "has no tokenizer that can be read .*: give it as tokenizer"),
         (model, dict(metadata={"licence": "x"}), ValueError, "metadata has no field 'licence'"),
