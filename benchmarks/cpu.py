@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -86,8 +87,10 @@ def _row(n: int, k: int, m: int, dtype: torch.dtype, calls: dict[str, Call], rep
     measured = {name: call for name, call in calls.items() if m <= KERNEL_TOKENS or not name.endswith(": kernel")}
     times: dict[str, list[float]] = {name: [] for name in measured}
     turns = itertools.count()
+    order, shuffled = list(measured.items()), random.Random(0)
     for _ in range(repeats):
-        for name, call in measured.items():
+        shuffled.shuffle(order)  # what a call leaves in the caches, the float Linear above all, is nobody's share in particular
+        for name, call in order:
             start = time.perf_counter()
             call(x, next(turns) % COPIES)  # never one that the call before has left in the caches
             times[name].append(1000 * (time.perf_counter() - start))
