@@ -138,13 +138,16 @@ class EncodingWork(BlockWork):
         if self.recipe.correction:
             with timed("correction"):
                 aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
-        energy = train.H.diagonal()
+        energy, together = train.H.diagonal(), torch.cat(aims)
         with timed("encoding"):
-            candidates = {"importance": encode(torch.cat(weights), kind, energy), "corrected": encode(torch.cat(aims), kind, energy)}
+            candidates = {"importance": encode(torch.cat(weights), kind, energy)}
+            aimed = candidates["importance"]
+            if any(strengths):
+                aimed = candidates["corrected"] = encode(together, kind, energy)
         if kind in KINDS and self.recipe.rounding != "nearest":
             with timed("rounding"):
                 try:
-                    candidates["descent"] = codes_together(torch.cat(aims), candidates["corrected"], kind, train.H)
+                    candidates["descent"] = codes_together(together, aimed, kind, train.H)
                 except RoundingFailed as error:
                     self.report.notes.append(f"{self.name}.{names[0]}: {error}; codes were rounded one by one")
         row = 0
@@ -161,7 +164,7 @@ class EncodingWork(BlockWork):
         winner = errors.argmin(0)
         data = torch.stack(list(candidates.values()))[winner.cpu(), torch.arange(len(weight))]
         chosen = [how for i, how in enumerate(candidates) if bool((winner == i).any())]
-        importance = self._importance(name, train)
+        importance = self._energies(self._leader(name))[0]
         plain, alone = (
             float(error_of(self._with_folds(name, decode(encode(original, kind, by), kind, device))).sum()) for by in (None, importance)
         )
@@ -190,11 +193,6 @@ class EncodingWork(BlockWork):
             loss_importance=alone / output,
         )
         self.report.layers.append(self.layers[name])
-
-    def _importance(self, name: str, train: Moments) -> Tensor:
-        """E[x^2] of the input before it was smoothed, [in]."""
-        energy = train.H.diagonal()
-        return energy * self.in_scales[name] ** 2 if name in self.in_scales else energy.clone()
 
     def replace(self, call: Call) -> None:
         """Modules get their classes back; they hold the decoded weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def to_gguf(
     if not searched or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
     if target_bpw is not None:
-        _check_budget(target_bpw, plan, types, checkpoint.label)
+        _within_budget(target_bpw, plan, types, _block_matrices(plan, types))
     prepare(checkpoint, path, type=wanted, types=types, **{key: value for key, value in options.items() if key != "progress"})
     return _Search(checkpoint, model, plan, config or AwqConfig(), device, location or {}).export(
         types, path, wanted, target_bpw, save_imatrix, options
@@ -111,18 +111,25 @@ def _importance(file: str | os.PathLike[str], plan: Plan) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(values, np.float32)) for name, values in found.items() if values is not None}
 
 
-def _check_budget(target_bpw: float, plan: Plan, types: Mapping[str, Type], label: str) -> None:
-    """Raises ValueError for a budget that the smallest types of the blocks' matrices, and the others as they are, do not keep."""
-    least = weights = 0
-    for name, shape in plan.shapes.items():
-        free = name.startswith("blk.") and len(shape) == 2 and types[name] not in FLOATS
-        kinds = [types[name], *(candidates(shape[-1]) if free else ())]
-        least, weights = least + min(n_bytes(shape, kind) for kind in kinds), weights + math.prod(shape)
+def _within_budget(
+    target_bpw: float, plan: Plan, types: Mapping[str, Type], free: Collection[str]
+) -> tuple[dict[str, dict[Type, int]], int]:
+    """Bytes of the tensors `free` in every type to choose from, and how many are left for them: the others stay as they are.
+
+    Raises ValueError for a budget that even the smallest types do not keep.
+    """
+    sizes = {name: {kind: n_bytes(plan.shapes[name], kind) for kind in candidates(plan.shapes[name][-1])} for name in free}
+    fixed = sum(n_bytes(shape, types[name]) for name, shape in plan.shapes.items() if name not in sizes)
+    least, weights = fixed + sum(min(found.values()) for found in sizes.values()), sum(map(math.prod, plan.shapes.values()))
     if 8 * least > target_bpw * weights:
         bits = math.ceil(800 * least / weights) / 100
-        raise ValueError(
-            f"target_bpw={target_bpw} is too little: {label} takes at least {bits:.2f} bits a weight, of all tensors of the file"
-        )
+        raise ValueError(f"target_bpw={target_bpw} is too little: this model takes at least {bits:.2f} bits a weight, all tensors counted")
+    return sizes, int(target_bpw * weights / 8) - fixed
+
+
+def _block_matrices(plan: Plan, types: Mapping[str, Type]) -> list[str]:
+    """Names in the file of the matrices whose types can be chosen: of the blocks, and not of experts."""
+    return [name for name, shape in plan.shapes.items() if name.startswith("blk.") and len(shape) == 2 and types[name] not in FLOATS]
 
 
 def _usual(bits_per_weight: float) -> str:
@@ -151,11 +158,12 @@ class _Search:
             types, wanted = self._within(target_bpw, types, model, windows, names), AUTO
         kinds = {module: types[self.plan.places[name].target] for name, module in names.items()}
         encoded = encode_model(model, kinds, recipe, windows, self.progress)
+        names = {name: module for name, module in names.items() if module in encoded.weights}  # not those that run twice in a block
         weights = {name: encoded.weights[module] for name, module in names.items()}
         files = export(open_checkpoint(model), path, type=wanted, encoded=weights, types=types, **options)
         if save_imatrix is not None:
             means = {self.plan.places[name].target: encoded.importance[module].numpy() for name, module in names.items()}
-            entries = {name: Entry(mean, np.full(1, len(windows.input_ids), np.int64)) for name, mean in means.items()}
+            entries = {name: Entry(mean, np.array([windows.tokens])) for name, mean in means.items()}
             write_imatrix(save_imatrix, Imatrix(entries, (windows.source,), len(windows.input_ids), recipe.seq_len))
         return GgufExport(files, types, encoded.report)
 
@@ -167,13 +175,10 @@ class _Search:
 
     def _within(self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, str]) -> dict[str, Type]:
         """Types of the least predicted divergence for a file of target_bpw bits a weight, of all its tensors."""
-        shapes, targets = self.plan.shapes, {module: self.plan.places[name].target for name, module in names.items()}
+        targets = {module: self.plan.places[name].target for name, module in names.items()}
         few = windows.sample(min(MEASURED_WINDOWS, len(windows.input_ids)), self.config.seed)
         costs = {targets[module]: cost for module, cost in measure(model, few, list(targets), progress=self.progress).items()}
-        sizes = {target: {kind: n_bytes(shapes[target], kind) for kind in cost} for target, cost in costs.items()}
-        fixed = sum(n_bytes(shape, types[name]) for name, shape in shapes.items() if name not in costs)
-        weights = sum(math.prod(shape) for shape in shapes.values())
-        return {**types, **choose(costs, sizes, int(target_bpw * weights / 8) - fixed)}
+        return {**types, **choose(costs, *_within_budget(target_bpw, self.plan, types, costs))}
 
 
 def _linears(model: Any, plan: Plan, types: Mapping[str, Type]) -> dict[str, str]:
