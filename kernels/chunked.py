@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ def linear(x: Tensor, rows: Rows, n: int, bias: Tensor | None) -> Tensor:
     for part in chunks(n, x.shape[1]):
         y[:, part] = x @ rows(part).to(x.dtype).T
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def by_expert(x: Tensor, offsets: Tensor, n: int, multiply: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """multiply(tokens of expert e, e) -> [.., n], for x [tokens, in] sorted by expert: those of e are offsets[e] to offsets[e + 1]."""
+    y = x.new_empty(x.shape[0], n)
+    for e, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        if start < stop:
+            y[start:stop] = multiply(x[start:stop], e)
+    return y
 
 
 def input_grad(dy: Tensor, rows: Rows, k: int) -> Tensor:

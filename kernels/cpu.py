@@ -74,8 +74,8 @@ def order() -> Order:
     raise NotImplementedError(f"torch {torch.__version__} packs 4-bit weights in an order that is not known here")
 
 
-def supports(problem: Problem) -> str | None:
-    """Why this path cannot do `problem`, or None."""
+def unsupported(problem: Problem) -> str | None:
+    """Why no kernel for CPUs, this or `native`, can do `problem`, or None."""
     p = problem
     if p.device != "cpu":
         return f"the kernel runs on a CPU, not on {p.device}"
@@ -83,7 +83,12 @@ def supports(problem: Problem) -> str | None:
         return f"the kernel reads 4 bits, not {p.bits}"
     if p.dtype not in CROSSOVER:
         return f"the kernel takes float32, bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
-    if reason := unsupported_groups(p.k, p.groups):
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this path cannot do `problem`, or None."""
+    if reason := unsupported(problem) or unsupported_groups(problem.k, problem.groups):
         return reason
     try:
         order()
@@ -154,8 +159,9 @@ def linear(x: Tensor, words: Tensor, steps: Tensor, scales: Tensor, zeros: Tenso
     if x.shape[0] <= CROSSOVER[x.dtype]:
         group = words.shape[1] * 2 // steps.shape[0]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16).contiguous(), words, group, steps)
-        if y.shape != (x.shape[0], scales.shape[0]) or y.dtype != x.dtype:  # a new tensor: one row of a padded one passes for contiguous
-            y = x.new_empty(x.shape[0], scales.shape[0]).copy_(y[:, : scales.shape[0]])
+        if y.shape[1] != scales.shape[0]:  # a new tensor: one row of a padded one passes for contiguous
+            y = y[:, : scales.shape[0]].clone(memory_format=torch.contiguous_format)
+        y = y.to(x.dtype)
     else:
         y = _matmul(x, words, scales, zeros)
     return y if bias is None else y.add_(bias)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -42,9 +41,8 @@ class Kernel(NamedTuple):
 class Layout(NamedTuple):
     """parts: names of the tensors; pack(q, scales, zero_points, bits) makes them; unpack(parts, problem) is its inverse, bit for bit;
     rows(parts, which, problem) -> those rows of the weight, float32 [rows, in], exact: with it every layout does what its kernels,
-    which are in order of preference, do not. devices: that the
-    kernels run on. input_grad(dy [m, out], parts, problem): dy W for the dtypes of the kernels, if there is a faster way than by rows.
-    caution(problem): what a user has to know of results, or None.
+    which are in order of preference, do not. devices: that the kernels run on. input_grad(dy [m, out], parts, problem): dy W for the dtypes
+    of the kernels, if there is a faster way than by rows. caution(problem): what a user has to know of results, or None.
     """
 
     name: str
@@ -253,8 +251,8 @@ def experts_linear(
     problem = Problem(x.shape[0], out_features, x.shape[1], groups, x.dtype, x.device.type, bits)
     if layout == TRITON.name and x.device.type in TRITON.devices and x.shape[0] and _triton("experts").supports(problem) is None:
         return _triton("experts").experts_linear(x.contiguous(), offsets, *weight, bias, bits)
-    y, limits = x.new_empty(x.shape[0], out_features), offsets.tolist()
-    for e, (start, stop) in enumerate(itertools.pairwise(limits)):
-        parts, one = [part[e] for part in weight], None if bias is None else bias[e]
-        y[start:stop] = linear(x[start:stop], parts, one, out_features, groups, bits, layout)
-    return y
+
+    def multiply(some: Tensor, e: int) -> Tensor:
+        return linear(some, [part[e] for part in weight], None if bias is None else bias[e], out_features, groups, bits, layout)
+
+    return chunked.by_expert(x, offsets, out_features, multiply)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import cpu
 from .kernel_layout import BLOCK, unsupported
 from .problem import Problem
 
@@ -115,12 +116,8 @@ def _build(library: Path) -> None:
 def supports(problem: Problem) -> str | None:
     """Why this kernel cannot do `problem`, or None."""
     p = problem
-    if p.device != "cpu":
-        return f"the kernel runs on a CPU, not on {p.device}"
-    if p.bits != 4:
-        return f"the kernel reads 4 bits, not {p.bits}"
-    if p.dtype not in CROSSOVER:
-        return f"the kernel takes float32, bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
+    if reason := cpu.unsupported(p):
+        return reason
     if p.scales != torch.float16:
         return f"the kernel reads scales in float16, not {str(p.scales).removeprefix('torch.')}"
     return unsupported(p.k, p.groups, p.bits) or missing()

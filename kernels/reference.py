@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -49,8 +47,6 @@ def experts_linear(x: Tensor, offsets: Tensor, qweight: Tensor, qzeros: Tensor, 
     x: [tokens, in]; offsets: int [experts + 1], from 0 to tokens; the rest as in `linear` with a first dimension of experts.
     Returns [tokens, out] in x's dtype.
     """
-    y, limits = x.new_empty(x.shape[0], scales.shape[2]), offsets.tolist()
-    for e, (start, stop) in enumerate(pairwise(limits)):
-        if start < stop:
-            y[start:stop] = linear(x[start:stop], qweight[e], qzeros[e], scales[e], None if bias is None else bias[e], bits)
-    return y
+    bias_of = lambda e: None if bias is None else bias[e]  # noqa: E731
+    multiply = lambda some, e: linear(some, qweight[e], qzeros[e], scales[e], bias_of(e), bits)  # noqa: E731
+    return chunked.by_expert(x, offsets, scales.shape[2], multiply)

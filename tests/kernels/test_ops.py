@@ -41,9 +41,12 @@ def arguments(case: Case, leading: tuple[int, ...] = (2, 3)) -> tuple[Any, ...]:
 @pytest.mark.parametrize("case", CASES)
 def test_registration_passes_opcheck(case: Case) -> None:
     x, parts, bias, n_out, *how = arguments(case)
-    torch.library.opcheck(ops.linear, (x, parts, bias, n_out, *how))
-    torch.library.opcheck(ops.linear, (x.requires_grad_(), parts, bias, n_out, *how))
-    torch.library.opcheck(ops.input_grad, (torch.randn(2, 3, n_out), parts, 64, *how))
+    results = [
+        torch.library.opcheck(ops.linear, (x, parts, bias, n_out, *how)),
+        torch.library.opcheck(ops.linear, (x.clone().requires_grad_(), parts, bias, n_out, *how)),
+        torch.library.opcheck(ops.input_grad, (torch.randn(2, 3, n_out), parts, 64, *how)),
+    ]
+    assert all({*result.values()} == {"SUCCESS"} for result in results)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,8 +76,8 @@ def test_gradients(case: Case) -> None:
     if bias is not None:
         bias = bias.double().requires_grad_()
     function = lambda x, bias: ops.linear(x, parts, bias, *rest)  # noqa: E731
-    torch.autograd.gradcheck(function, (x, bias))
-    torch.autograd.gradgradcheck(lambda x: ops.linear(x, parts, None, *rest), (x,))
+    assert torch.autograd.gradcheck(function, (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x: ops.linear(x, parts, None, *rest), (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
