@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from awq_hf.exporters.checkpoint import Checkpoint
-from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, Items, items_with_bar, write_folder
+from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, items_with_bar, packed_tensors, write_folder
 from awq_hf.exporters.modules import find_modules
 from awq_hf.exporters.refusals import check_quantized
 from awq_hf.linear import pack_weight
 from awq_hf.skip_list import skip_list
-from awq_hf.spec import QuantizedWeight
 
 
 def export(checkpoint: Checkpoint, directory: Path, bar: Bar, max_shard_size: str | int = MAX_SHARD_SIZE) -> None:
@@ -25,13 +21,4 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, max_shard_size: st
     quantization.describe(packed.spec for packed in checkpoint.packed.values())
     quantization.modules_to_not_convert = skip_list(modules.in_float, list(modules.quantized.values())) or None
     config = {"quantization_config": quantization.to_dict()}
-    write_folder(directory, checkpoint, _tensors(items_with_bar(checkpoint, "awq", bar)), config, max_shard_size)
-
-
-def _tensors(items: Items) -> Iterator[tuple[str, Tensor]]:
-    for name, value in items:
-        if isinstance(value, QuantizedWeight):
-            owner = name.removesuffix(".weight")
-            yield from ((f"{owner}.{part}", tensor) for part, tensor in pack_weight(value).items())
-        else:
-            yield name, value
+    write_folder(directory, checkpoint, packed_tensors(items_with_bar(checkpoint, "awq", bar), pack_weight), config, max_shard_size)

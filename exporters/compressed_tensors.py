@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.exporters.checkpoint import Checkpoint
-from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, Items, items_with_bar, write_folder
+from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, items_with_bar, packed_tensors, write_folder
 from awq_hf.exporters.modules import Modules, find_modules
 from awq_hf.exporters.refusals import check_activations, check_linears, check_quantized
 from awq_hf.kernels.layout import pack_in_order
@@ -39,16 +38,7 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, max_shard_size: st
     check_linears(checkpoint, modules, NAME)
     specs = {owner: packed.spec for owner, packed in checkpoint.packed.items()}
     config = {"quantization_config": quantization_config(specs, modules)}
-    write_folder(directory, checkpoint, _tensors(items_with_bar(checkpoint, NAME, bar)), config, max_shard_size)
-
-
-def _tensors(items: Items) -> Iterator[tuple[str, Tensor]]:
-    for name, value in items:
-        if isinstance(value, QuantizedWeight):
-            owner = name.removesuffix(".weight")
-            yield from ((f"{owner}.{part}", tensor) for part, tensor in pack_weight(value).items())
-        else:
-            yield name, value
+    write_folder(directory, checkpoint, packed_tensors(items_with_bar(checkpoint, NAME, bar), pack_weight), config, max_shard_size)
 
 
 def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -25,6 +25,16 @@ def items_with_bar(checkpoint: Checkpoint, target: str, bar: Bar) -> Items:
     yield from bar(checkpoint.items(), total=len(checkpoint.names()), desc=f"Exporting to {target}")
 
 
+def packed_tensors(items: Items, pack: Callable[[QuantizedWeight], dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """What is written: of a quantized weight what `pack` makes of it, under its module's name; the rest as it is."""
+    for name, value in items:
+        if isinstance(value, QuantizedWeight):
+            owner = name.removesuffix(".weight")
+            yield from ((f"{owner}.{part}", tensor) for part, tensor in pack(value).items())
+        else:
+            yield name, value
+
+
 def write_folder(
     directory: Path, checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], max_shard_size: str | int
 ) -> None:

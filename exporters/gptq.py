@@ -12,9 +12,9 @@ add 1 to whole words carry from one zero point into the next, others come to 2^b
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.exporters.checkpoint import Checkpoint
-from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, Items, items_with_bar, write_folder, write_json
+from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, items_with_bar, packed_tensors, write_folder, write_json
 from awq_hf.exporters.modules import Modules, find_modules
 from awq_hf.exporters.refusals import check_activations, check_linears, check_quantized
 from awq_hf.kernels.layout import pack_in_order
@@ -44,7 +44,7 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, max_shard_size: st
         _check_shape(owner, packed.shape, packed.spec.bits)
     config = quantization_config({owner: packed.spec for owner, packed in checkpoint.packed.items()}, modules)
     v1 = config["checkpoint_format"] == V1
-    tensors = _tensors(items_with_bar(checkpoint, NAME, bar), v1)
+    tensors = packed_tensors(items_with_bar(checkpoint, NAME, bar), functools.partial(pack_weight, v1=v1))
     write_folder(directory, checkpoint, tensors, {"quantization_config": config}, max_shard_size)
     write_json(directory / "quantize_config.json", config)
 
@@ -56,15 +56,6 @@ def _check_shape(owner: str, shape: tuple[int, int], bits: int) -> None:
                 f"{owner}: {what} {size} of {bits} bits does not fill whole 32-bit words, as the target {NAME} needs; "
                 "the target compressed-tensors takes it"
             )
-
-
-def _tensors(items: Items, v1: bool) -> Iterator[tuple[str, Tensor]]:
-    for name, value in items:
-        if isinstance(value, QuantizedWeight):
-            owner = name.removesuffix(".weight")
-            yield from ((f"{owner}.{part}", tensor) for part, tensor in pack_weight(value, v1).items())
-        else:
-            yield name, value
 
 
 def pack_weight(weight: QuantizedWeight, v1: bool) -> dict[str, Tensor]:

@@ -186,24 +186,3 @@ def share_unit(targets: Floats, weights: Floats, top: int) -> tuple[Floats, Floa
         better = error < best_error
         best_unit[better], best_integers[better], best_error[better] = unit[better], integers[better], error[better]
     return best_unit, best_integers
-
-
-@dataclass(frozen=True)
-class RepackError:
-    """How far blocks are from the weights they were made of.
-
-    relative: root mean square of the difference over that of the weights. steps: the largest difference, in scales of its group.
-    """
-
-    relative: float
-    steps: float
-
-
-def repack_error(weight: QuantizedWeight, blocks: Bytes, kind: Type) -> RepackError:
-    scales = weight.scales.float().numpy()
-    z, shape = weight.zero_points.numpy().astype(F), (*scales.shape, -1)
-    exact = (weight.q.numpy().astype(F).reshape(shape) - z[..., None]) * scales[..., None]
-    difference = gguf.dequantize(blocks, kind).reshape(exact.shape) - exact
-    square = float((exact**2).mean())
-    relative = float((difference**2).mean()) / square if square else float(difference.any())
-    return RepackError(relative**0.5, float((np.abs(difference).max(axis=-1) / np.maximum(scales, 2.0**-24)).max()))

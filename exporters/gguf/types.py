@@ -122,10 +122,6 @@ def check_name(wanted: str) -> str:
     return found
 
 
-def is_float(wanted: str) -> bool:
-    return wanted in Type.__members__ and Type[wanted] in FLOATS
-
-
 def file_type(wanted: str, types: Mapping[str, Type]) -> gguf.LlamaFileType:
     """general.file_type for matrices of these types, that were asked for as `wanted`."""
     name = wanted if wanted != AUTO else most_used(types).name

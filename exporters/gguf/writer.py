@@ -40,34 +40,18 @@ def export(
     checkpoint: Checkpoint,
     path: str | os.PathLike[str],
     *,
-    type: str = "auto",
-    exact: bool = False,
     encoded: Mapping[str, EncodedWeight] | None = None,
     importance: Mapping[str, Tensor] | None = None,
-    types: Mapping[str, Type] | None = None,
-    tokenizer: Any = None,
-    pre_tokenizer: str | None = None,
-    metadata: Mapping[str, str] | None = None,
-    shard_size: int | None = None,
-    overwrite: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> list[Path]:
-    """Write `checkpoint` as a GGUF file and return its path; with shard_size, in bytes, the paths of its parts.
+    """Write `checkpoint` as a GGUF file and return its path; with shard_size, the paths of its parts.
 
-    path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf.
-    type: of the matrices, or a mix, as `types.names` lists them; vectors are float32. auto: quantized weights keep their codes, in the
-    smallest type that holds them, and float matrices become Q8_0. exact: quantized weights become the same weights bit for bit, and float
-    matrices stay as they are. encoded: weights by their names in the checkpoint that are blocks already, and take the place of the
-    checkpoint's. importance: E[x^2] of a matrix's input, [k] or [experts, k], by its name in the file. types: by name in the file, over
-    what `type` says. tokenizer: where the one beside the model is not to be used. pre_tokenizer: llama.cpp's name for it, where it cannot
-    be found out. metadata: general.* by name (name, version, license, quantized_by, ...), beyond what the model card says.
-    Raises ValueError for what llama.cpp would not compute as transformers does, FileExistsError, and OSError for a full disk; all but
-    tensors that turn out to hold something unfit are found before anything is written.
+    encoded: weights by their names in the checkpoint that are blocks already, and take the place of the checkpoint's. importance: E[x^2] of
+    a matrix's input, [k] or [experts, k], by its name in the file. path, options: as `prepare` has them, which finds nearly all that can be
+    wrong before anything is written; what a tensor holds may still not fit (ValueError), and a disk be full (OSError).
     """
-    file = prepare(
-        checkpoint, path, type=type, exact=exact, types=types, tokenizer=tokenizer, pre_tokenizer=pre_tokenizer, metadata=metadata,
-        shard_size=shard_size, overwrite=overwrite,
-    )  # fmt: skip
+    file = prepare(checkpoint, path, **options)
     with _new_files(file) as temporary:
         layout = _Layout(file.writer, temporary)
         with layout, _bar(layout.total, progress) as advance:
@@ -109,7 +93,16 @@ def prepare(
     shard_size: int | None = None,
     overwrite: bool = False,
 ) -> PreparedFile:
-    """All that `export` does before it writes, for who has long work to do first. Raises what it raises."""
+    """All that `export` does before it writes, for who has long work to do first.
+
+    path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf.
+    type: of the matrices, or a mix, as `types.names` lists them; vectors are float32. auto: quantized weights keep their codes, in the
+    smallest type that holds them, and float matrices become Q8_0. exact: quantized weights become the same weights bit for bit, and float
+    matrices stay as they are. types: by name in the file, over what `type` says. tokenizer: where the one beside the model is not to be
+    used. pre_tokenizer: llama.cpp's name for it, where it cannot be found out. metadata: general.* by name (name, version, license,
+    quantized_by, ...), beyond what the model card says. shard_size: bytes of a part.
+    Raises ValueError for what llama.cpp would not compute as transformers does, and FileExistsError.
+    """
     config, wanted = checkpoint.config.get_text_config(), check_name(type)
     architecture = find_architecture(config)
     if config is not checkpoint.config:
