@@ -206,9 +206,7 @@ def codes_together(weight: Tensor, data: Tensor, kind: Type, H: Tensor) -> Tenso
     found = steps_of(data.numpy(), kind)
     steps, offsets = (torch.from_numpy(values).to(weight.device) for values in (found.steps, found.offsets))
     scales = torch.where(steps == 0, MIN_SCALE, steps)  # of sub-blocks that are constant, whatever their codes
-    shrunk = H * (1 - SHRINKAGE)
-    shrunk.diagonal().copy_(H.diagonal())
-    codes = codes_by_descent(weight, Grid(scales, offsets / scales, _Codes(found.top)), shrunk)
+    codes = codes_by_descent(weight, Grid(scales, offsets / scales, _Codes(found.top)), H, SHRINKAGE)
     return torch.from_numpy(with_codes(data.numpy(), kind, codes.to(torch.uint8).cpu().numpy()))
 
 

@@ -56,10 +56,10 @@ def round_together(weights: list[Tensor], spec: QuantSpec, recipe: Recipe, train
     method, failure = recipe.rounding, None
     with timed("rounding"):
         try:
-            codes, grid = _rounder(recipe)(target, start, H)
+            codes, grid = _rounder(recipe)(target, start, H, recipe.shrinkage)
         except RoundingFailed as error:
             method, failure = "nearest", str(error)
-            codes, grid = ROUNDERS[method](target, start, H)
+            codes, grid = ROUNDERS[method](target, start, H, recipe.shrinkage)
     rounded, row = [], 0
     for weight, strength in zip(weights, strengths, strict=True):
         rows = slice(row, row := row + len(weight))
@@ -80,7 +80,7 @@ def _storable(grid: Grid, weight: Tensor, recipe: Recipe) -> Grid:
 def _rounder(recipe: Recipe) -> Rounder:
     """The recipe's rounding; scales that were chosen to be representable stay as they are."""
     if recipe.scales_for is not None and recipe.rounding == "descent":
-        return lambda weight, grid, H: (codes_by_descent(weight, grid, H), grid)  # noqa: N803
+        return lambda weight, grid, H, shrinkage: (codes_by_descent(weight, grid, H, shrinkage), grid)  # noqa: N803
     return ROUNDERS[recipe.rounding]
 
 
@@ -102,7 +102,7 @@ def best_of(
         grids.append(search_clip(weight, H, spec, recipe.clip))
     codes, grid = found.codes, found.grid
     for simpler_grid in (_storable(each, weight, recipe) for each in grids):
-        simpler, _ = ROUNDERS["nearest"](weight, simpler_grid, H)
+        simpler, _ = ROUNDERS["nearest"](weight, simpler_grid, H, recipe.shrinkage)
         row_errors = error_of(dequantize(simpler, simpler_grid))
         better = (row_errors < errors)[:, None]  # output channels are independent of each other
         codes = torch.where(better, simpler, codes)

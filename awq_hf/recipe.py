@@ -20,6 +20,7 @@ class Recipe:
     rounding: "nearest", "gptq" or "descent" (GPTQ, then coordinate descent on codes and scales).
     stream: the inputs that layers are fitted to: of the "float" model, or of the model as "quantized" so far.
     correction: aim at the float model's outputs in spite of the input error of the quantized stream.
+    shrinkage: in [0, 1), of the correlations of inputs that rounding is fitted to, so that it holds for other text (rounding/gptq.py).
     skip: Linears whose name contains one of these are left in float.
     overrides: (part of a name, how those Linears are stored, or None to leave them in float); the first that fits counts.
     scales_for: "Q4_K" or "Q4_1": scales that this GGUF type holds exactly (awq_hf/representable.py); they are not refitted then.
@@ -32,6 +33,7 @@ class Recipe:
     rounding: str = "descent"
     stream: Literal["float", "quantized"] = "quantized"
     correction: bool = True
+    shrinkage: float = 0.3
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
     scales_for: str | None = None
@@ -49,6 +51,8 @@ class Recipe:
             raise ValueError("an empty string is part of every name; modules_to_not_convert and overrides need parts of names")
         if self.stream not in ("float", "quantized"):
             raise ValueError(f"stream={self.stream!r} is not known; choose 'float' or 'quantized'")
+        if not 0 <= self.shrinkage < 1:
+            raise ValueError(f"shrinkage={self.shrinkage!r} is not in [0, 1); 0 takes correlations as they are, 0.3 is the default")
         for name, least in (("samples", 1), ("seq_len", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r} is too small; give at least {least}")

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scale + clip + GPTQ + correction": dict(rounding="gptq"),
     "clip + descent + correction": dict(scale=False),
     "scale + descent + correction": dict(clip=False),
+    "scale + clip + descent + correction, no shrinkage": dict(shrinkage=0.0),
     "scale + clip + descent + correction (default)": {},
 }
 

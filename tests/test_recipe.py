@@ -18,6 +18,7 @@ from awq_hf.transforms.awq_scale import ScaleOptions
     [
         ({"rounding": "up"}, r"rounding='up' is not known; choose one of \['nearest', 'gptq', 'descent'\]"),
         ({"stream": "both"}, "stream='both' is not known; choose 'float' or 'quantized'"),
+        ({"shrinkage": 1.0}, r"shrinkage=1.0 is not in \[0, 1\); 0 takes correlations as they are, 0.3 is the default"),
         ({"samples": 0}, "samples=0 is too small; give at least 1"),
         ({"seq_len": 1}, "seq_len=1 is too small; give at least 2"),
         ({"batch_size": -3}, "batch_size=-3 is too small; give at least 1"),

@@ -22,9 +22,9 @@ from awq_hf.rounding.gptq import BLOCK, Prepared, round_rows
 SWEEPS = 3
 
 
-def round_by_descent(weight: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS) -> tuple[Tensor, Grid]:  # noqa: N803
+def round_by_descent(weight: Tensor, grid: Grid, H: Tensor, shrinkage: float = 0.0, sweeps: int = SWEEPS) -> tuple[Tensor, Grid]:  # noqa: N803
     """Codes float32 [out, in] of weight [out, in], and the grid with refitted scales, given H [in, in]."""
-    prepared = Prepared.of(H)
+    prepared = Prepared.of(H, shrinkage)
 
     def piece(rows: slice) -> tuple[Tensor, Tensor]:
         codes = round_rows(weight[rows], grid.rows(rows), prepared)
@@ -34,9 +34,9 @@ def round_by_descent(weight: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS
     return codes, Grid(scales, grid.zero_points, grid.spec)
 
 
-def codes_by_descent(weight: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS) -> Tensor:  # noqa: N803
+def codes_by_descent(weight: Tensor, grid: Grid, H: Tensor, shrinkage: float = 0.0, sweeps: int = SWEEPS) -> Tensor:  # noqa: N803
     """The same on a grid that stays as it is: codes float32 [out, in]."""
-    prepared = Prepared.of(H)
+    prepared = Prepared.of(H, shrinkage)
 
     def piece(rows: slice) -> Tensor:
         codes = round_rows(weight[rows], grid.rows(rows), prepared)

@@ -6,6 +6,9 @@ Columns are rounded one after the other, and the error of each is spread over th
 
 Columns are taken in the order of decreasing diag H ("act-order"). Since scales are chosen per group beforehand, the
 order leaves no trace in the result: no g_idx is needed.
+
+What is fitted to the correlations of one text's channels should hold for others. So they can be shrunk towards none, as in Ledoit and Wolf
+(A well-conditioned estimator for large-dimensional covariance matrices, 2004): (1 - c) H + c diag(H) for a shrinkage c in [0, 1).
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ class RoundingFailed(ArithmeticError):
     """The statistic is not usable (not positive definite even when damped, or not finite)."""
 
 
-def damping(H: Tensor) -> Tensor:  # noqa: N803
-    """What is added to the diagonal of H, [in]: DAMP mean(diag H); 1 for a channel that is always zero, so that H can be inverted."""
+def damping(H: Tensor, shrinkage: float = 0.0) -> Tensor:  # noqa: N803
+    """What is added to the diagonal of H, [in], so that it is shrunk, but for a factor of 1 - c, and can be inverted.
+
+    DAMP mean(diag H) + c / (1 - c) diag H; 1 for a channel that is always zero.
+    """
     diagonal = H.diagonal()
-    return torch.where(diagonal == 0, 1.0, DAMP * diagonal.mean())
+    return torch.where(diagonal == 0, 1.0, DAMP * diagonal.mean() + shrinkage / (1 - shrinkage) * diagonal)
 
 
 def inverse_factor(H: Tensor, damp: Tensor, order: Tensor) -> Tensor:  # noqa: N803
@@ -57,15 +63,15 @@ class Prepared:
     U: Tensor
 
     @classmethod
-    def of(cls, H: Tensor) -> Prepared:  # noqa: N803
-        damp = damping(H)
+    def of(cls, H: Tensor, shrinkage: float) -> Prepared:  # noqa: N803
+        damp = damping(H, shrinkage)
         order = (H.diagonal() + damp).argsort(descending=True, stable=True)
         return cls(H, damp, order, inverse_factor(H, damp, order))
 
 
-def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, Grid]:  # noqa: N803
+def round_by_gptq(weight: Tensor, grid: Grid, H: Tensor, shrinkage: float = 0.0) -> tuple[Tensor, Grid]:  # noqa: N803
     """Codes float32 [out, in] of weight [out, in] on `grid`, given H [in, in]. The grid is returned as it came."""
-    prepared = Prepared.of(H)
+    prepared = Prepared.of(H, shrinkage)
     return by_rows(lambda rows: round_rows(weight[rows], grid.rows(rows), prepared), weight), grid
 
 

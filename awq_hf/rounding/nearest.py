@@ -8,5 +8,5 @@ from awq_hf.affine import Grid, quantize
 from awq_hf.parallel import by_rows
 
 
-def round_to_nearest(weight: Tensor, grid: Grid, _H: Tensor) -> tuple[Tensor, Grid]:  # noqa: N803
+def round_to_nearest(weight: Tensor, grid: Grid, _H: Tensor, _shrinkage: float = 0.0) -> tuple[Tensor, Grid]:  # noqa: N803
     return by_rows(lambda rows: quantize(weight[rows], grid.rows(rows)), weight), grid

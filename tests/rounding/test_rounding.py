@@ -23,14 +23,14 @@ def correlated(n: int, seed: int = 0) -> Tensor:
     return x.T @ x / len(x)
 
 
-def damped(h: Tensor) -> Tensor:
-    return h + torch.diag(damping(h))
+def damped(h: Tensor, shrinkage: float = 0.0) -> Tensor:
+    return h + torch.diag(damping(h, shrinkage))
 
 
-def error(codes: Tensor, grid: Grid, weight: Tensor, h: Tensor) -> Tensor:
+def error(codes: Tensor, grid: Grid, weight: Tensor, h: Tensor, shrinkage: float = 0.0) -> Tensor:
     """d H d^T of every row on the damped statistic: float64 [out]."""
     d = dequantize(codes, grid).double() - weight.double()
-    return ((d @ damped(h).double()) * d).sum(1)
+    return ((d @ damped(h, shrinkage).double()) * d).sum(1)
 
 
 def textbook_gptq(weight: Tensor, grid: Grid, h: Tensor) -> Tensor:
@@ -145,27 +145,44 @@ def test_more_sweeps_never_hurt() -> None:
     torch.manual_seed(0)
     weight, h = torch.randn(8, 160), correlated(160)
     grid = choose_grid(weight, QuantSpec(2, 16))
-    errors = [error(*round_by_descent(weight, grid, h, sweeps), weight, h) for sweeps in range(6)]
+    errors = [error(*round_by_descent(weight, grid, h, sweeps=sweeps), weight, h) for sweeps in range(6)]
     assert torch.equal(errors[0], error(*round_by_gptq(weight, grid, h), weight, h))
     assert all(bool((b <= a * (1 + 1e-4)).all()) for a, b in itertools.pairwise(errors))
 
 
-def test_codes_on_a_grid_that_stays_are_the_best_that_each_can_be_alone() -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5])
+def test_codes_on_a_grid_that_stays_are_the_best_that_each_can_be_alone(shrinkage: float) -> None:
     """Steps may be negative, as those of GGUF's symmetric types are, and zero points need be no integers."""
     torch.manual_seed(0)
     weight, h = torch.randn(6, 32), correlated(32)
     grid = choose_grid(weight, QuantSpec(3, 16))
     sign = torch.tensor([[1.0, -1.0]])
     grid = Grid(grid.scales * sign, torch.where(sign > 0, grid.zero_points, 7 - grid.zero_points) + 0.3, grid.spec)
-    codes = codes_by_descent(weight, grid, h, sweeps=50)
+    codes = codes_by_descent(weight, grid, h, shrinkage, sweeps=50)
     assert torch.equal(codes, codes.round()) and codes.min() == 0 and codes.max() == 7
-    best = error(codes, grid, weight, h)
-    assert (best < error(quantize(weight, grid), grid, weight, h)).all()
+    best = error(codes, grid, weight, h, shrinkage)
+    assert (best < error(quantize(weight, grid), grid, weight, h, shrinkage)).all()
     for column in range(32):
         for step in (-1, 1):
             other = codes.clone()
             other[:, column] = (other[:, column] + step).clamp(0, 7)
-            assert (error(other, grid, weight, h) >= best * (1 - 1e-5)).all()
+            assert (error(other, grid, weight, h, shrinkage) >= best * (1 - 1e-5)).all()
+
+
+def test_shrinkage_is_a_heavier_diagonal() -> None:
+    h = correlated(24)
+    shrunk = 0.7 * h + 0.3 * torch.diag(h.diagonal())
+    floor = 0.7 * 0.01 * h.diagonal().mean() * torch.eye(24)
+    torch.testing.assert_close(0.7 * damped(h, 0.3), shrunk + floor)
+
+
+def test_without_correlations_nothing_is_left_but_rounding_to_nearest() -> None:
+    torch.manual_seed(0)
+    weight, h = torch.randn(6, 64), correlated(64)
+    grid = choose_grid(weight, QuantSpec(4, 16))
+    nearest = quantize(weight, grid)
+    assert torch.equal(round_by_gptq(weight, grid, h, 1 - 1e-7)[0], nearest)
+    assert not torch.equal(round_by_gptq(weight, grid, h, 0.3)[0], nearest)
 
 
 def test_inverse_factor_is_the_upper_factor_of_the_inverse() -> None:
