@@ -7,9 +7,11 @@ python -m benchmarks.ablation --model DIR --text FILE --group-size 32    another
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +100,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     plain: dict[tuple[int, int], float] = {}
     for name, variant in VARIANTS.items():
-        setattr(pipeline, "BlockWork", ModuleOutputWork if "module-output" in name else BlockWork)  # noqa: B010
+        run = functools.partial(pipeline.run, make_work=ModuleOutputWork if "module-output" in name else BlockWork)
         row: dict[str, Any] = {"variant": name}
         for bits, group_size in cases:
-            model = subject.load(subject.config(bits=bits, group_size=group_size, **variant))
+            with mock.patch.object(pipeline, "run", run):
+                model = subject.load(subject.config(bits=bits, group_size=group_size, **variant))
             kl = subject.measure(model, original).kl
             assert kl is not None
             row[f"{bits} bits g{group_size}"] = kl / plain.setdefault((bits, group_size), kl)
