@@ -1,6 +1,6 @@
 """Peak memory of exporting an AWQ checkpoint: what is the process's own, and what are pages of the file that it reads (Linux).
 
-python -m benchmarks.export_memory                       random Llama: 8 blocks of 8B shape, 32,000 tokens; 1.4 GB
+python -m benchmarks.export_memory                       a random Llama: 8 blocks of 8B shape, 32,000 tokens; 1.4 GB
 python -m benchmarks.export_memory --blocks 2            a smaller one
 
 Every export runs in a process of its own, whose memory is sampled; what Python and the libraries take before it is subtracted. Pages of a file
@@ -145,8 +145,8 @@ def main() -> None:
                 own, file, both = (value / 1e6 for value in json.loads(done.stdout.splitlines()[-1]))
                 written = sum(path.stat().st_size for path in out.iterdir()) / 1e6
                 files = f"{options.blocks + 1} files" if shards else "1 file"
-                rows.append({"target": target, "from": files, "MB read": size / 1e6, "MB written": written, "own": own, "of files": file, "both": both})
-                print(rows[-1], flush=True)
+                row = {"target": target, "read from": files, "MB read": size / 1e6, "MB written": written}
+                rows.append({**row, "own": own, "pages of files": file, "both": both})
                 shutil.rmtree(out)
             shutil.rmtree(source)
     largest = 2 * VOCABULARY * HIDDEN / 1e6
