@@ -1,10 +1,10 @@
 """Peak memory of exporting an AWQ checkpoint: what is the process's own, and what are pages of the file that it reads (Linux).
 
-python -m benchmarks.export_memory                       a random Llama: 8 blocks of 8B shape, 32,000 tokens; 1.4 GB
-python -m benchmarks.export_memory --blocks 2            a smaller one
+python -m benchmarks.export_memory                       a random Llama: 4 blocks of 8B shape, 32,000 tokens; 1 GB
+python -m benchmarks.export_memory --blocks 32           all of it
 
-Every export runs in a process of its own, whose memory is sampled; what Python and the libraries take before it is subtracted. Pages of a file
-are the page cache's: the system takes them back when it needs memory, and yet they count as the process's (RSS).
+Every export runs in a process of its own, whose memory is sampled; what Python and the libraries take before it is subtracted. Pages of a
+file are the page cache's: the system takes them back when it needs memory, and yet they count as the process's (RSS).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-import awq_hf
 from awq_hf import demo
 from awq_hf.headers import INDEX, WEIGHTS
 from benchmarks.common import publish, quiet
@@ -108,7 +107,7 @@ class Sampler(threading.Thread):
 
 def measure(source: str, target: str, out: str) -> None:
     """In the child process: export, and print the peaks above what there was before as JSON."""
-    import awq_hf.to_gguf  # noqa: F401  (what is imported on the way belongs to the start)
+    import awq_hf.to_gguf  # what is imported on the way belongs to the start
 
     quiet()
     sampler = Sampler()
@@ -123,7 +122,7 @@ def measure(source: str, target: str, out: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--targets", nargs="+", choices=EXPORTS, default=list(EXPORTS))
     parser.add_argument("--child", nargs=3, metavar=("SOURCE", "TARGET", "OUT"))
     options = parser.parse_args()
