@@ -21,6 +21,8 @@ except ImportError:  # an optimum that is built in another way: its own commands
 else:
 
     class _Forwarded(BaseOptimumCLICommand):
+        """A command whose arguments are those of awq-hf."""
+
         PARENT: Any = None
         PROGRAM: str  # as usage lines say it
         PREFIX: tuple[str, ...] = ()  # arguments of awq-hf before the user's
@@ -43,9 +45,8 @@ else:
             except Exception as error:
                 sys.exit(f"error: awq-hf does not start ({type(error).__name__}: {error}); install it again")
             command = get_command(app)
-            command.params = [
-                p for p in command.params if not str(p.name).endswith("_completion")
-            ]  # a shell completes optimum-cli, not this
+            # A shell completes optimum-cli, not this.
+            command.params = [p for p in command.params if not str(p.name).endswith("_completion")]
             command.main([*self.PREFIX, *self.args.arguments], prog_name=self.PROGRAM)
 
     class AwqCommand(_Forwarded):
@@ -62,18 +63,18 @@ else:
 
 
 def _is_free(command: Any, taken: dict[str, argparse.ArgumentParser]) -> bool:
-    """Whether no other package registers a command of this name, before ours or after it. If one does, ours gives way, and a line on stderr
-    says so: of two, the second would be an error of argparse's, which breaks every command."""
+    """Whether no other package registers a command of this name, before ours or after it.
+
+    If one does, ours gives way, and a line on stderr says so: argparse would take the second for an error, which breaks every command.
+    """
     name = command.COMMAND.name
     if name in taken and taken[name].get_default("command") is command:  # this file is on the path twice
         return False
     rivals = [module for module, its_name, parent in _others() if (its_name, parent) == (name, command.PARENT)]
     if name not in taken and not rivals:
         return True
-    print(
-        f"warning: {[*rivals, 'another package'][0]} registers the command {name!r} too, and keeps it; use awq-hf's own: awq-hf",
-        file=sys.stderr,
-    )
+    who = [*rivals, "another package"][0]
+    print(f"warning: {who} registers the command {name!r} as well, and keeps it; use awq-hf in place of optimum-cli", file=sys.stderr)
     return False
 
 
