@@ -16,6 +16,7 @@ from awq_hf.spec import QuantizedWeight, QuantSpec
 
 MIN_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros or denormals still has a defined scale
 MAX_SCALE = 65504.0  # the largest float16
+PIECE = 1 << 24  # weights that are dequantized together
 
 
 class Codes(Protocol):
@@ -111,6 +112,13 @@ def to_quantized_weight(codes: Tensor, grid: Grid) -> QuantizedWeight:
 
 
 def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix that a QuantizedWeight stands for, exact in float32 and then rounded once to `dtype`: [out, in]."""
-    grid = Grid(weight.scales.to(torch.float32), weight.zero_points.to(torch.float32), weight.spec)
-    return dequantize(weight.q.to(torch.float32), grid).to(dtype)
+    """The matrix that a QuantizedWeight stands for, exact in float32 and then rounded once to `dtype`: [out, in].
+
+    Some rows at a time, as the float32 values and what it takes to compute them are six times a float16 result.
+    """
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.q.device)
+    rows = max(1, PIECE // weight.shape[1])
+    parts = (part.split(rows) for part in (result, weight.q, weight.scales, weight.zero_points))
+    for out, q, scales, zero_points in zip(*parts, strict=True):
+        out.copy_(dequantize(q.to(torch.float32), Grid(scales.to(torch.float32), zero_points.to(torch.float32), weight.spec)))
+    return result

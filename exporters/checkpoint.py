@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from awq_hf import compat
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.rope_keys import with_older_rope_keys
+from awq_hf.freed import drop_file_pages
 from awq_hf.headers import INDEX, WEIGHTS, Headers, TensorInfo, read_headers, weight_files
 from awq_hf.kernels.foreign import to_gemm
 from awq_hf.kernels.layout import GEMM, WIDE, unpack
@@ -33,6 +34,8 @@ from awq_hf.stored import DTYPES, NAMES, ZEROS, Packed, find_packed, is_finite
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.codes", "*.spm", "LICENSE*", "NOTICE*")
 _NOT_COMPANIONS = {"config.json", "quantize_config.json", "quant_config.json", "requirements.txt"}
 _FOLDERS = ("additional_chat_templates",)
+
+MAPPED = 1 << 16  # bytes of a tensor from which it is worth looking up whose memory it is, to give it back
 
 
 class Entry(NamedTuple):
@@ -262,7 +265,10 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 class _Files:
-    """The tensors of safetensors files, which are opened once each, when they are first asked for."""
+    """The tensors of safetensors files, which are opened once each, when they are first asked for.
+
+    They are copies: a file stays mapped while it is open, and with it all pages that were read, in the end the whole checkpoint.
+    """
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
@@ -272,5 +278,8 @@ class _Files:
         file = self.headers[name].file
         if file not in self.opened:
             self.opened[file] = safe_open(file, framework="pt")
-        tensor: Tensor = self.opened[file].get_tensor(name)
+        mapped: Tensor = self.opened[file].get_tensor(name)
+        tensor = mapped.clone()
+        if mapped.nbytes >= MAPPED:
+            drop_file_pages(mapped)
         return tensor

@@ -142,3 +142,12 @@ def test_dequantized_weight_is_rounded_once_to_the_wanted_dtype() -> None:
     assert (stored.q.dtype, stored.scales.dtype, stored.zero_points.dtype) == (torch.uint8, torch.float16, torch.uint8)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(dequantize_weight(stored, dtype), fake_quantize(weight, grid).to(dtype))
+
+
+def test_dequantizing_in_pieces_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(21, 64)
+    spec = QuantSpec(4, 32)
+    grid = choose_grid(weight, spec)
+    stored = to_quantized_weight(quantize(weight, grid), grid)
+    monkeypatch.setattr("awq_hf.affine.PIECE", 4 * 64)  # 5 pieces of 4 rows and one of 1
+    assert torch.equal(dequantize_weight(stored), fake_quantize(weight, grid))

@@ -49,7 +49,7 @@ ALLOWED = {
     "to_gguf": "blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
     "api": "config hf_quantizer compat exporters output to_gguf",
-    "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat output",
+    "exporters": "spec affine kernels.layout kernels.foreign linear matrices freed headers stored skip_list config compat output",
     "model_cards": "",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib import metadata
@@ -16,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "exporters", "model_cards")  # beside awq_hf, and linked into it
+REGISTER = ("awq_hf/cli/optimum_register/", "optimum/commands/register/")  # in the repository, in the wheel
 SOURCES = ("LICENSE", "README.md", "pyproject.toml", "awq_hf", *FOLDERS)
 
 
@@ -68,13 +70,18 @@ def names_in(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if not name.endswith("/")}
 
 
-def expected_files() -> set[str]:
-    """Every source and data file of the package, by its name in the wheel."""
+def source_files() -> set[str]:
+    """Every source and data file of the package, by its name in the repository."""
     files: set[str] = {"awq_hf/py.typed"}
     for folder in (ROOT / "awq_hf", *(ROOT / "awq_hf" / name for name in FOLDERS)):
-        files |= {path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.suffix in (".py", ".cpp")}
+        files |= {path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".jinja")}
     files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "awq_hf" / "data").rglob("*") if path.is_file()}
     return {name for name in files if "__pycache__" not in name}
+
+
+def expected_files() -> set[str]:
+    """The same, by its name in the wheel."""
+    return {name.replace(*REGISTER) for name in source_files()}
 
 
 def test_every_linked_folder_holds_a_file() -> None:
@@ -95,8 +102,9 @@ def test_every_package_is_listed() -> None:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = names_in(wheel)
-    assert {name.split("/")[0] for name in names} == {"awq_hf", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
-    assert {name for name in names if name.startswith("awq_hf/")} == expected_files()
+    assert {name for name in names if ".dist-info/" not in name} == expected_files()
+    assert {name.split("/")[0] for name in names} == {"awq_hf", "optimum", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    assert [name for name in names if name.startswith("optimum/")] == [f"{REGISTER[1]}awq_hf.py"]  # optimum's folders are its own
     for name in ("kernels/layout.py", "kernels/ops.py", "kernels/reference.py", "py.typed", "data/calibration/prose_en.txt"):
         assert f"awq_hf/{name}" in names
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -108,7 +116,7 @@ def test_the_wheel_from_the_sdist_is_the_wheel_from_the_checkout(wheel: Path, ch
     (direct,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(direct) as one, zipfile.ZipFile(wheel) as other:
         assert names_in(direct) == names_in(wheel)
-        assert all(one.read(name) == other.read(name) for name in names_in(wheel) if name.startswith("awq_hf/"))
+        assert all(one.read(name) == other.read(name) for name in names_in(wheel) if ".dist-info/" not in name)
 
 
 def test_the_sdist_holds_files_in_place_of_links(built: Path) -> None:
@@ -116,7 +124,7 @@ def test_the_sdist_holds_files_in_place_of_links(built: Path) -> None:
     with tarfile.open(path) as archive:
         members = {member.name.split("/", 1)[1]: member for member in archive.getmembers() if "/" in member.name}
     assert all(member.isfile() or member.isdir() for member in members.values())
-    assert expected_files() | {"LICENSE", "README.md", "pyproject.toml"} <= members.keys()
+    assert source_files() | {"LICENSE", "README.md", "pyproject.toml"} <= members.keys()
 
 
 def test_the_wheel_says_what_it_needs_and_starts(wheel: Path) -> None:
@@ -139,6 +147,46 @@ def test_installed_it_finds_its_modules_and_data(installed: Path, tmp_path: Path
         "print(awq_hf.__version__)\n"
     )
     assert python("-c", code, installed, cwd=tmp_path, path=installed).split() == ["True", "True", metadata.version("awq-hf")]
+
+
+def test_its_programs_run_in_an_environment_of_their_own(wheel: Path, tmp_path: Path) -> None:
+    """Which has what awq-hf needs from the environment of the tests, but not the repository: a link to that does not count there."""
+    python("-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    scripts = tmp_path / "venv" / Path(sysconfig.get_path("scripts")).name
+    interpreter = scripts / Path(sys.executable).name
+    paths = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
+    Path(sysconfig.get_path("purelib", vars=paths), "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python("-m", "pip", "--python", interpreter, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=tmp_path)
+
+    def run(*command: object) -> str:
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "{export,env,awq}" in run(interpreter, "-m", "optimum.commands.optimum_cli", "--help")
+    model = Path(sysconfig.get_path("purelib", vars=paths), "awq_hf/data/demo/model")
+    run(scripts / "awq-hf", "quantize", model, "out", "--samples", 2, "--seq-len", 32, "--rounding", "nearest")
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_an_editable_install_registers_the_commands_of_optimum(checkout: Path, tmp_path: Path) -> None:
+    """In a process that sees no other install: what setuptools writes for one is named alike for all."""
+    python("-c", "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])", tmp_path, cwd=checkout)
+    (editable,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(editable) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import site, sys\n"
+        "_, own, others, *sys.argv[1:] = sys.argv\n"
+        "site.addsitedir(own)\n"
+        "sys.path.append(others)\n"
+        "from optimum.commands.optimum_cli import main\n"
+        "main()\n"
+    )
+    arguments = ("-S", "-c", code, tmp_path / "site", sysconfig.get_path("purelib"))
+    assert "{export,env,awq}" in python(*arguments, "--help", cwd=tmp_path)
+    assert "gguf" in python(*arguments, "export", "--help", cwd=tmp_path)
 
 
 def test_no_bare_names_are_importable(installed: Path, tmp_path: Path) -> None:

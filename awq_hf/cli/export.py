@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,8 @@ EXAMPLES = (
 )
 
 Of = typer.Option
+OfGguf = functools.partial(typer.Option, rich_help_panel="Options of gguf")
+OfSearch = functools.partial(typer.Option, rich_help_panel="Options of gguf, for a float model")
 
 
 def export(
@@ -28,24 +31,26 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty. Of gguf: a file, or where to put one.")],
     dtype: Annotated[str | None, Of(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.")] = None,
-    max_shard_size: Annotated[str | None, Of(help="Of a file of weights; default: 4GB, of gguf one file. As much is in memory.")] = None,
+    max_shard_size: Annotated[
+        str | None, Of(help="Of a file of weights; default: 4GB, and as much is in memory; of gguf one file, of any size.")
+    ] = None,
     kind: Annotated[
         str | None,
-        Of(
+        OfGguf(
             "--type",
-            help="Of gguf: auto (keeps the codes of a quantized model; the default there), Q4_K_M (the default of a float one), ...",
+            help="auto (keeps the codes of a quantized model, and is the default there), Q4_K_M (the default of a float one), Q8_0, ...",
         ),
     ] = None,
-    exact: Annotated[bool, Of("--exact", help="Of gguf: types that hold a quantized model's weights bit for bit.")] = False,
-    plain: Annotated[bool, Of("--no-search", help="Of gguf: the type's plain quantizer, without calibration.")] = False,
-    target_bpw: Annotated[float | None, Of(help="Of gguf: types chosen by sensitivity, for so many bits a weight of the file.")] = None,
-    calibration: Annotated[str | None, Of(help="Of gguf: text to calibrate a float model with, as for quantize.")] = None,
-    samples: Annotated[int, Of(help="Of gguf: calibration windows.")] = 128,
-    seq_len: Annotated[int | None, Of(help="Of gguf: tokens in a window.")] = None,
-    imatrix: Annotated[Path | None, Of(help="Of gguf: an importance matrix of llama.cpp's, instead of a search.")] = None,
-    save_imatrix: Annotated[Path | None, Of(help="Of gguf: write the importance matrix for llama.cpp's tools.")] = None,
-    pre_tokenizer: Annotated[str | None, Of(help="Of gguf: llama.cpp's name, where it is not recognized.")] = None,
-    device: Annotated[str, Of(help="Of gguf: where a float model is searched.")] = "cpu",
+    exact: Annotated[bool, OfGguf("--exact", help="Types that hold a quantized model's weights bit for bit.")] = False,
+    imatrix: Annotated[Path | None, OfGguf(help="An importance matrix of llama.cpp's, instead of a search.")] = None,
+    pre_tokenizer: Annotated[str | None, OfGguf(help="llama.cpp's name for it, where it is not recognized.")] = None,
+    plain: Annotated[bool, OfSearch("--no-search", help="The type's plain quantizer, without calibration.")] = False,
+    target_bpw: Annotated[float | None, OfSearch(help="Types chosen by sensitivity, for so many bits a weight of the file.")] = None,
+    calibration: Annotated[str | None, OfSearch(help="Text to calibrate with, as for quantize; default: the embedded text.")] = None,
+    samples: Annotated[int, OfSearch(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int | None, OfSearch(help="Tokens in a window; default: 512, or as many as the model takes.")] = None,
+    save_imatrix: Annotated[Path | None, OfSearch(help="Write the importance matrix for llama.cpp's tools.")] = None,
+    device: Annotated[str, OfSearch(help="Where the model is searched.")] = "cpu",
     revision: Annotated[str | None, Of(help="Branch, tag or commit, for a Hub id.")] = None,
     overwrite: Annotated[bool, Of("--overwrite", help="Replace a model that is there.")] = False,
     as_json: Annotated[bool, Of("--json", help="Print the result as JSON.")] = False,

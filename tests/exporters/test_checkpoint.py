@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import awq_hf
 from awq_hf import QuantizedWeight, QuantSpec
 from awq_hf.affine import dequantize_weight
-from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
+from awq_hf.exporters.checkpoint import Checkpoint, _Files, open_checkpoint
+from awq_hf.headers import read_headers
 
 
 def values(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -227,3 +229,18 @@ def test_a_tensor_that_is_not_finite_is_named(tiny_llama: Callable[..., Any]) ->
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(ValueError, match=r"model.norm.weight of .* holds NaN"):
         list(open_checkpoint(model).items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
+def test_what_was_read_of_a_file_is_given_back(tmp_path: Path) -> None:
+    names = [f"t{i}" for i in range(8)]
+    save_file({name: torch.full((1 << 20,), i) for i, name in enumerate(names)}, tmp_path / "m.safetensors")  # 8 MiB each
+    files = _Files(read_headers([tmp_path / "m.safetensors"]))
+
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    before = mapped()
+    assert [int(files.load(name).float().mean()) for name in names] == list(range(8))
+    assert mapped() - before < 16_384  # of 65,536 kB
