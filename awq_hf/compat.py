@@ -22,6 +22,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
+from transformers.utils.hub import extract_commit_hash
 
 METHOD = "awq"
 HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
@@ -82,6 +83,12 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
 def forget_after_saving(model: Any) -> None:
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
+
+
+def remember_commit(model: Any, files: Sequence[str]) -> None:
+    """Note in model.config the Hub's commit that its files are of, as older transformers do; it is not saved."""
+    if files and (commit := extract_commit_hash(files[0], None)) is not None:
+        model.config._commit_hash = commit
 
 
 def commit_of(model: Any, source: Any) -> str | None:

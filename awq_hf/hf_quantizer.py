@@ -53,6 +53,7 @@ class AwqHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
+        compat.remember_commit(model, files)
         if self.pre_quantized:
             self.loading = begin(model, files, config.spec_of, config.version)
             return
@@ -166,12 +167,12 @@ def _push(model: Any, repo_id: str, tags: Any = None, **options: Any) -> CommitI
     return CommitInfo(done.commit_url or "", message, description, done.commit or "", pr_url=done.pull_request)
 
 
-def _processor(source: str | os.PathLike[str]) -> Any:
+def _processor(source: str | os.PathLike[str], revision: str | None) -> Any:
     """The processor of a model for images or sound, if there is one and it has a tokenizer."""
     from transformers import AutoProcessor  # not above: it imports the table of all processors
 
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
     except (OSError, ValueError):
         return None
     return processor if hasattr(processor, "tokenizer") else None

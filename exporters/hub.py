@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, validate_repo_id
 
-from awq_hf.exporters.hub_errors import BrokenUpload, CommitRetries, checked_token, explained, patiently
+from awq_hf.exporters.hub_errors import BrokenUpload, CommitRetries, Stage, checked_token, explained, patiently
 from awq_hf.exporters.hub_files import collect, is_weights
 
 CARD = "README.md"
@@ -189,7 +189,7 @@ def push_directory(
             target.prepare(private)
             stage.begun(result.created)
             message = commit_message or f"Upload with awq-hf {version('awq-hf')}"
-            _commit(target, plan, lambda: _make_plan(target, files, make_card), result, message, commit_description)
+            _commit(target, plan, lambda: _make_plan(target, files, make_card), result, stage, (message, commit_description))
         else:
             _note(result, plan)
     return result
@@ -231,7 +231,7 @@ def _check_card(card: Path | bytes) -> None:
 
 
 def _commit(
-    target: Repository, plan: _Plan, make_plan: Callable[[], _Plan], result: PushResult, message: str, description: str | None
+    target: Repository, plan: _Plan, make_plan: Callable[[], _Plan], result: PushResult, stage: Stage, message: tuple[str, str | None]
 ) -> None:
     """Send what is large, then commit; where others commit meanwhile, or it is unknown if ours arrived, look again at what is missing."""
     retries = CommitRetries(target.create_pr)
@@ -245,9 +245,11 @@ def _commit(
             target.api.preupload_lfs_files(additions=plan.additions, free_memory=False, **where)
         except RuntimeError as error:  # of a thread that uploads
             raise BrokenUpload from (error.__cause__ or error)
+        if target.create_pr:
+            stage.pull_request_sent(f"{target.url}/discussions")
         with retries:
             info = target.api.create_commit(
-                operations=plan.operations, commit_message=message, commit_description=description, parent_commit=plan.head, **where
+                operations=plan.operations, commit_message=message[0], commit_description=message[1], parent_commit=plan.head, **where
             )
             result.commit, result.commit_url, result.pull_request = info.oid, info.commit_url, info.pr_url
             result.url = info.pr_url or target.url

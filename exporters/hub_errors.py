@@ -101,6 +101,9 @@ class Stage:
     def begun(self, created: bool) -> None:
         self.holds = "the repository is new and still empty" if created else "the repository is as it was"
 
+    def pull_request_sent(self, url: str) -> None:
+        self.holds += f", but a pull request may have been opened, so look at {url} first"
+
 
 @contextmanager
 def explained(repo_id: str, token: str | bool | None) -> Iterator[Stage]:

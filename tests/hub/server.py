@@ -27,6 +27,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
         self.parts: dict[tuple[str, int], bytes] = {}
+        self.ranges: list[str] = []
         self.slept: list[float] = []
         self.part_size = 2**40  # of a multipart upload; larger files are sent in parts
         self.lock = threading.RLock()

@@ -43,7 +43,7 @@ class Cut(Exception):
 class FaultyHandler(BaseHTTPRequestHandler):
     """Answers with route(body), unless a fault was injected."""
 
-    hub: Any  # .lock, .log, .faults
+    hub: Any  # .lock, .log, .ranges, .faults
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -61,6 +61,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
         self.query = parse_qs(query)
         with self.hub.lock:
             self.hub.log.append((self.command, unquote(self.raw)))
+            self.hub.ranges += [wanted] if (wanted := self.headers.get("Range")) else []
             fault = next((f for f in self.hub.faults if f.times and f.method == self.command and f.part in unquote(self.raw)), None)
             if fault:
                 fault.times -= 1
