@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from awq_hf.compat import class_of, commit_of, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.hub_errors import downloading
 from awq_hf.exporters.table import GGUF, exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole
@@ -53,7 +54,8 @@ def quantize(
         quantized = _quantize_in_place(model, config)
     else:
         assert kind is not None
-        quantized = kind.from_pretrained(model, quantization_config=config, **load_options)
+        with downloading(os.fspath(model)):
+            quantized = kind.from_pretrained(model, quantization_config=config, **load_options)
     if target is not None:
         save(quantized, target, tokenizer or config.tokenizer or quantized.name_or_path)
     return quantized
@@ -79,7 +81,8 @@ def export(
         return to_gguf(model, path, overwrite=overwrite, location=location, **options).files[0]
     write = exporter(target, options)
     place = check_output(path, overwrite)
-    checkpoint = open_checkpoint(model, **location)
+    with downloading(str(model) if isinstance(model, (str, os.PathLike)) else ""):
+        checkpoint = open_checkpoint(model, **location)
     if checkpoint.directory is not None and checkpoint.directory.resolve().is_relative_to(place):
         raise ValueError(f"{path} is where the model is read from, which cannot be replaced by an export of it; choose another name")
     with whole(place) as partial:

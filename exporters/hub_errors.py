@@ -116,6 +116,25 @@ def explained(repo_id: str, token: str | bool | None) -> Iterator[Stage]:
         line = (getattr(cause, "server_message", None) or str(cause) or type(cause).__name__).strip().splitlines()[0]
         explanation = _explain(cause, _redacted(line, token), repo_id, stage.holds)
         raise explanation from (cause if _redacted(str(cause), token) == str(cause) else None)
+    except ValueError as error:
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        raise ValueError(f"{repo_id}: the Hub refused it ({' '.join(str(error).split())}), {stage.holds}") from error
+
+
+@contextmanager
+def downloading(name: str) -> Iterator[None]:
+    """Say that a download broke where that is what happened: transformers says that `name` is no model then."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HTTPError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or status_of(cause) not in (None, *OVERLOADED, *TROUBLE):
+            raise
+        said = _redacted(str(cause).strip().splitlines()[0], None)
+        raise ConnectionError(f"{name}: the download broke ({said}); run it again, files that arrived are not fetched again") from error
 
 
 def _explain(error: BaseException, said: str, repo_id: str, holds: str) -> Exception:
