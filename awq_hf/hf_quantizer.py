@@ -140,7 +140,7 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, revision=compat.commit_of(model, source))
     except (OSError, ValueError) as error:
-        processor = _processor(source)
+        processor = _processor(source, compat.commit_of(model, source))
         if processor is None:
             raise ValueError(
                 f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "

@@ -29,8 +29,11 @@ MakeCard = Callable[[str, str | None], Mapping[str, bytes | None]]
 
 @dataclass
 class PushResult:
-    """commit: its sha; commit, commit_url and pull_request are None where there is none. url: where to look at it. uploaded: bytes of each file that the repository did not hold, or held
-    with other content; unchanged, kept (since a person wrote it), removed (weights that the new ones replace): paths in the repository."""
+    """commit: its sha; commit, commit_url and pull_request are None where there is none. url: where to look at it. Paths in the repository:
+
+    uploaded, with their bytes: what it did not hold, or held with other content; unchanged; kept: what a person wrote there; removed:
+    weights that the new ones replace. Of a dry run: what would be.
+    """
 
     repo_id: str
     url: str
@@ -113,7 +116,9 @@ def _check_role(user: Mapping[str, Any], target: Repository) -> None:
     role = user.get("auth", {}).get("accessToken", {}).get("role")  # read, write or fineGrained, of which the Hub itself knows the rights
     owner = target.repo_id.split("/")[0]
     if role == "read":
-        raise PermissionError(f"the token can only read; to push to {target.repo_id}, use one that can write (`hf auth login`, or HF_TOKEN)")
+        raise PermissionError(
+            f"the token can only read; to push to {target.repo_id}, use one that can write (`hf auth login`, or HF_TOKEN)"
+        )
     if role == "write" and not target.create_pr and owner not in {user["name"], *(org["name"] for org in user.get("orgs", ()))}:
         raise PermissionError(
             f"{user['name']}, whose token this is, does not belong to {owner}, so {target.repo_id} cannot be written to; "
@@ -227,7 +232,9 @@ def _check_card(card: Path | bytes) -> None:
     try:
         ModelCard((card if isinstance(card, bytes) else card.read_bytes()).decode())
     except Exception as error:  # yaml's errors, UnicodeDecodeError, ValueError for data that is no mapping
-        raise ValueError(f"the metadata at the top of {CARD} cannot be read ({str(error).splitlines()[0]}); correct it, or remove it") from error
+        raise ValueError(
+            f"the metadata at the top of {CARD} cannot be read ({str(error).splitlines()[0]}); correct it, or remove it"
+        ) from error
 
 
 def _commit(

@@ -10,7 +10,20 @@ from awq_hf.headers import INDEX, WEIGHTS, weight_files
 
 TEMPORARY = ("*.partial", "*.incomplete", "*.tmp", "*.lock", "*.pyc", "*~")
 CACHES = ("__pycache__", "cache")
-SECRET_NAMES = (".env", ".env.*", "*.env", ".netrc", ".git-credentials", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "token", "*_token", "*token.txt")
+SECRET_NAMES = (
+    ".env",
+    ".env.*",
+    "*.env",
+    ".netrc",
+    ".git-credentials",
+    "*.pem",
+    "*.key",
+    "id_rsa*",
+    "id_ed25519*",
+    "token",
+    "*_token",
+    "*token.txt",
+)
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 _TEXT_BYTES = 2**20  # files up to here are searched for tokens
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")

@@ -11,7 +11,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
-import yaml
+from huggingface_hub import ModelCard
 
 from tests.hub.store import LARGE, Blob, Repo
 from tests.hub.transport import Fault, FaultyHandler, Refused
@@ -124,14 +124,10 @@ class Handler(FaultyHandler):
         return {"url": f"{self.hub.url}/{name}"}
 
     def validate(self, body: bytes) -> Any:
-        front = re.match(r"---\r?\n(.*?)\r?\n---", json.loads(body)["content"], re.DOTALL)
         try:
-            data = yaml.safe_load(front[1]) if front else {}
-            errors = [] if isinstance(data, dict) else [{"message": "metadata should be a mapping"}]
-        except yaml.YAMLError as error:
-            errors = [{"message": f"Invalid YAML: {error}"}]
-        if errors:
-            raise Refused(400, "Invalid metadata in README.md", errors=errors)
+            ModelCard(json.loads(body)["content"])
+        except Exception as error:
+            raise Refused(400, "Invalid metadata in README.md", errors=[{"message": str(error)}]) from None
         return {"errors": [], "warnings": []}
 
     def branch(self, body: bytes, name: str, branch: str) -> Any:

@@ -50,7 +50,7 @@ def no_tokens(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not any(token in caplog.text for token in (WRITER, READER, OTHER))
 
 
-def refusal(directory: Path, repo: str = REPO, kind: type[Exception] = ValueError, **options: Any) -> str:
+def refusal(directory: Path, repo: str = REPO, kind: Any = ValueError, **options: Any) -> str:
     """What a push that fails says: one line without a token."""
     with pytest.raises(kind) as caught:
         awq_hf.push_to_hub(directory, repo, **options)
@@ -104,7 +104,8 @@ def test_a_repository_that_is_updated_stays_whole(hub: Hub, directory: Path) -> 
     assert hub.repos[REPO].files() == before
 
 
-CALLS = [("GET", "whoami"), ("GET", f"models/{REPO}"), ("POST", "/create"), ("POST", "/preupload/"), ("POST", "/batch"), ("PUT", "/lfs/"), ("POST", "/commit/")]  # fmt: skip
+CALLS = [("GET", "whoami"), ("GET", f"models/{REPO}"), ("POST", "/create"), ("POST", "/preupload/"), ("POST", "/batch"), ("PUT", "/lfs/")]
+CALLS += [("POST", "/commit/")]
 
 
 @pytest.mark.parametrize(("method", "part"), CALLS)
@@ -169,11 +170,19 @@ def test_others_commit_meanwhile(hub: Hub, directory: Path) -> None:
 # Refused before anything is sent
 
 
-@pytest.mark.parametrize("token", [None, "hf_" + "x" * 34, READER, "hf_ab\ncd", "hf_\u00e4"], ids=["none", "unknown", "reads", "two lines", "umlaut"])
+TOKENS = {  # what is said of each
+    None: "no token was found; log in",
+    "hf_" + "x" * 34: "does not accept the token (401), nothing was changed; log in",
+    READER: "the token can only read",
+    "hf_ab\ncd": "the token has characters that no token has",
+    "hf_\u00e4": "the token has characters that no token has",
+}
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=["none", "unknown", "reads", "two lines", "umlaut"])
 def test_tokens(token: str | None, hub: Hub, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    said = refusal(directory, kind=(PermissionError, ValueError), token=token)  # type: ignore[arg-type]
-    assert any(part in said for part in ("no token was found; log in", "does not accept the token (401), nothing was changed; log in", "can only", "no token has"))
+    assert TOKENS[token] in refusal(directory, kind=(PermissionError, ValueError), token=token)
     assert hub.repos == {} and hub.count("POST", "/") == 0
 
 
@@ -276,11 +285,12 @@ def test_a_download_that_breaks_again_and_again(hub: Hub, llama_dir: Path, tmp_p
     awq_hf.quantize("me/float", small_config(samples=2, rounding="nearest"), output_dir=tmp_path / "awq")
 
 
-def test_the_command_in_a_process_of_its_own(hub: Hub, directory: Path, tmp_path: Path) -> None:
+def test_the_command_in_a_process_of_its_own(hub: Hub, quantized_dir: Path, tmp_path: Path) -> None:
     """Nothing of it is patched; the card is the real one."""
-    command = [sys.executable, "-c", "from awq_hf.cli import main; main()", "push", str(directory), REPO, "--private"]
+    arguments = ["push", str(quantized_dir), REPO, "--private", "--base-model", "me/tiny"]
     around = {**os.environ, **environment(hub, tmp_path / "home")}
+    command = [sys.executable, "-c", "from awq_hf.cli import main; main()", *arguments]
     done = subprocess.run(command, env=around, cwd=Path(awq_hf.__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert is_complete(hub, directory) and hub.repos[REPO].private
-    assert b"base_model" in hub.repos[REPO].files()["README.md"] and WRITER not in done.stdout + done.stderr
+    assert is_complete(hub, quantized_dir) and hub.repos[REPO].private
+    assert b"base_model: me/tiny" in hub.repos[REPO].files()["README.md"] and WRITER not in done.stdout + done.stderr

@@ -139,7 +139,9 @@ def test_which_card_goes(hub: Hub, directory: Path) -> None:
 def test_weights_of_an_earlier_model_make_room(hub: Hub, directory: Path, logits: Any) -> None:
     """Programs read model.safetensors where it is there, shards beside it or not."""
     shards = {f"model-{n:05d}-of-00002.safetensors": b"old" for n in (1, 2)}
-    hub.create(REPO, files={**shards, "model.safetensors.index.json": b"{}", "other/model.safetensors": b"kept", "adapter.safetensors": b"kept"})
+    hub.create(
+        REPO, files={**shards, "model.safetensors.index.json": b"{}", "other/model.safetensors": b"kept", "adapter.safetensors": b"kept"}
+    )
     result = awq_hf.push_to_hub(directory, REPO)
     assert sorted(result.removed) == [*shards, "model.safetensors.index.json"]
     assert not shards.keys() & hub.repos[REPO].files().keys() and "other/model.safetensors" in hub.repos[REPO].files()
@@ -165,7 +167,9 @@ def test_command_line(hub: Hub, directory: Path, run: Run) -> None:
     assert lines[0].startswith("Uploaded 4 files (0.") and lines[0].endswith(f"{hub.url}/{REPO}")
     assert "model-1.safetensors, of an earlier model there, was removed." in lines
     assert lines[-1] == "README.md there was written or edited by a person and is kept; --overwrite-card replaces it."
-    assert run("push", directory, REPO).out.startswith(f"Nothing to upload to {hub.url}/{REPO}\n4 files of the same content are there already.")
+    assert run("push", directory, REPO).out.startswith(
+        f"Nothing to upload to {hub.url}/{REPO}\n4 files of the same content are there already."
+    )
     done = run("push", directory, "me/b", "--json", "--private", "--create-pr")
     assert {"repo_id", "url", "commit", "pull_request", "uploaded", "unchanged", "bytes", "kept", "removed"} <= json.loads(done.out).keys()
     assert hub.repos["me/b"].private and run("push", directory).status == 2

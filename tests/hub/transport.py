@@ -51,7 +51,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         with suppress(ConnectionError, Cut):  # the other side went away, or was cut off
-            return super().handle_one_request()
+            super().handle_one_request()
+            return
         self.close_connection = True
 
     # One request
@@ -69,7 +70,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
             fault.do()
         self.cut_after = fault.cut if fault and self.command == "GET" else -1
         body = self._body(fault.cut if fault and self.command != "GET" and not fault.late else -1)
-        status, reply, headers = 200, b"", {}
+        status, reply = 200, b""
+        headers: dict[str, str] = {}
         try:
             if fault and fault.status and not fault.late:
                 raise Refused(fault.status, "injected")
