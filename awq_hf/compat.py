@@ -57,19 +57,14 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
     kind = type(model)
 
     @functools.wraps(kind.save_pretrained)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(kind.save_pretrained).bind(self, *args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-        directory = os.fspath(given["save_directory"])
-        if not given.pop("push_to_hub", False) or not given.get("is_main_process", True):
-            kind.save_pretrained(**given)
-            action(self, directory)
-            return
-        hub = {name: given.pop(name) for name in HUB_OPTIONS if name in given}
-        kind.save_pretrained(**given)
-        action(self, directory)
-        del given["self"], given["save_directory"]
-        push(self, hub.pop("repo_id", Path(directory).absolute().name), **hub, **given)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
+        pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
+        kind.save_pretrained(self, save_directory, **kwargs)
+        action(self, os.fspath(save_directory))
+        if pushed:
+            push(self, hub.pop("repo_id", Path(save_directory).absolute().name), **hub, **kwargs)
 
     @functools.wraps(kind.push_to_hub)
     def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
