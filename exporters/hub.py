@@ -250,8 +250,8 @@ def _commit(
         where: dict[str, Any] = dict(repo_id=target.repo_id, revision=target.revision, create_pr=target.create_pr)
         try:
             target.api.preupload_lfs_files(additions=plan.additions, free_memory=False, **where)
-        except RuntimeError as error:  # of a thread that uploads
-            raise BrokenUpload from (error.__cause__ or error)
+        except (RuntimeError, OSError, ValueError) as error:  # of threads that upload, by HTTP or Xet
+            raise BrokenUpload from (error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error)
         if target.create_pr:
             stage.pull_request_sent(f"{target.url}/discussions")
         with retries:

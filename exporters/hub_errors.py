@@ -153,7 +153,8 @@ def _explain(error: BaseException, said: str, repo_id: str, holds: str) -> Excep
         return RuntimeError(f"{repo_id}: others keep committing to it ({status}: {said}), {holds}; run the same command again")
     if status is not None and status not in (*OVERLOADED, *TROUBLE):
         return ValueError(f"{repo_id}: the Hub refused it ({status}: {said}), {holds}")
-    what = "the connection broke" if status is None else "the Hub is busy" if status in OVERLOADED else "the Hub has trouble"
+    broke = "the connection broke" if isinstance(error, HTTPError) else "an upload failed"
+    what = broke if status is None else "the Hub is busy" if status in OVERLOADED else "the Hub has trouble"
     return ConnectionError(f"{repo_id}: {what} ({said}), {holds}; run the same command again, it sends only what has not arrived")
 
 

@@ -104,6 +104,15 @@ def test_a_repository_that_is_updated_stays_whole(hub: Hub, directory: Path) -> 
     assert hub.repos[REPO].files() == before
 
 
+def test_xet_that_fails(hub: Hub, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client prefers this transfer, of which the loopback Hub knows nothing."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    said = refusal(directory, kind=ConnectionError)
+    assert said.startswith(f"{REPO}: an upload failed (") and "the repository is new and still empty" in said
+    assert list(hub.repos[REPO].files()) == [".gitattributes"]
+
+
 CALLS = [("GET", "whoami"), ("GET", f"models/{REPO}"), ("POST", "/create"), ("POST", "/preupload/"), ("POST", "/batch"), ("PUT", "/lfs/")]
 CALLS += [("POST", "/commit/")]
 
@@ -280,7 +289,9 @@ def test_a_download_that_breaks_again_and_again(hub: Hub, llama_dir: Path, tmp_p
     hub.fail("GET", "/cdn/", cut=10_000, times=100)
     failed = run("quantize", "me/float", tmp_path / "awq")
     assert failed.status == 1 and re.fullmatch(r"error: me/float: the download broke \(peer closed [^\n]+\n", failed.err)
-    assert not (tmp_path / "awq").exists()
+    with pytest.raises(ConnectionError, match="me/float: the download broke"):
+        awq_hf.export("me/float", "dense", tmp_path / "dense")
+    assert not (tmp_path / "awq").exists() and not (tmp_path / "dense").exists()
     hub.forget()
     awq_hf.quantize("me/float", small_config(samples=2, rounding="nearest"), output_dir=tmp_path / "awq")
 
