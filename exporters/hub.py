@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, validate_repo_id
 
-from awq_hf.exporters.hub_errors import BrokenUpload, CommitRetries, Stage, checked_token, explained, patiently
+from awq_hf.exporters.hub_errors import CommitRetries, Stage, checked_token, explained, patiently, sent
 from awq_hf.exporters.hub_files import collect, is_weights
 
 CARD = "README.md"
@@ -248,10 +248,7 @@ def _commit(
             result.commit, result.commit_url = plan.head, f"{target.api.endpoint}/{target.repo_id}/commit/{plan.head}"
             return
         where: dict[str, Any] = dict(repo_id=target.repo_id, revision=target.revision, create_pr=target.create_pr)
-        try:
-            target.api.preupload_lfs_files(additions=plan.additions, free_memory=False, **where)
-        except (RuntimeError, OSError, ValueError) as error:  # of threads that upload, by HTTP or Xet
-            raise BrokenUpload from (error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error)
+        sent(lambda: target.api.preupload_lfs_files(additions=plan.additions, free_memory=False, **where))  # noqa: B023  (called at once)
         if target.create_pr:
             stage.pull_request_sent(f"{target.url}/discussions")
         with retries:

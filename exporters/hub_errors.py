@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from types import TracebackType
 from typing import TypeVar
 
@@ -68,6 +69,22 @@ def _wait(error: BaseException, usual: float) -> None:
     time.sleep(seconds)
 
 
+class BrokenUpload(Exception):
+    """What was sent did not arrive; the cause says why."""
+
+
+def sent(upload: Callable[[], None]) -> None:
+    """upload(), which tries again by itself, in threads: one that reconnects closes the client that the others use, which ends them."""
+    for last in (False, False, True):
+        try:
+            upload()
+            return
+        except (RuntimeError, OSError, ValueError) as error:  # by HTTP, by Xet
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            if last or not isinstance(cause, RuntimeError):
+                raise BrokenUpload from cause
+
+
 class CommitRetries:
     """A context for one try to commit after another: swallows an error after which it makes sense to look again, having waited.
 
@@ -82,14 +99,15 @@ class CommitRetries:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
-        if not isinstance(error, HTTPError) or status_of(error) not in self.again or (wait := next(self.waits, None)) is None:
+        page = isinstance(error, JSONDecodeError)  # a proxy's, in place of the Hub's answer, which the client takes apart unseen
+        if error is None or not (page or isinstance(error, HTTPError)):
             return False
-        _wait(error, wait)
-        return True
-
-
-class BrokenUpload(Exception):
-    """A large file did not arrive; the cause says why."""
+        if status_of(error) in self.again and (wait := next(self.waits, None)) is not None:
+            _wait(error, wait)
+            return True
+        if page:
+            raise BrokenUpload from error
+        return False
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, close_session, constants
 from transformers import AutoModelForCausalLM
 
 import awq_hf
@@ -29,8 +29,8 @@ REPO = "me/tiny-AWQ"
 
 @pytest.fixture(autouse=True)
 def stand_in_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_cards, "make_card", lambda *_: {"README.md": b"# generated\n"}, raising=False)
-    monkeypatch.setattr(model_cards, "is_generated", lambda text: text == "# generated\n", raising=False)
+    monkeypatch.setattr(model_cards, "make_card", lambda *about: {"README.md": f"# generated {about[2]}\n".encode()}, raising=False)
+    monkeypatch.setattr(model_cards, "is_generated", lambda text: text.startswith("# generated"), raising=False)
 
 
 @pytest.fixture
@@ -134,6 +134,15 @@ def test_errors_that_last_are_one_sentence(method: str, part: str, hub: Hub, dir
     assert (failed.status, failed.out) == (1, "")
     assert f"error: {REPO}: the Hub has trouble (" in failed.err and "run the same command again" in failed.err
     assert not hub.repos or list(hub.repos[REPO].files()) == [".gitattributes"]
+
+
+def test_a_page_in_place_of_an_answer(hub: Hub, directory: Path) -> None:
+    hub.fail("POST", "/validate-yaml", status=502, page=True)
+    awq_hf.push_to_hub(directory, REPO)
+    assert is_complete(hub, directory)
+    hub.fail("POST", "/validate-yaml", status=502, page=True, times=100)
+    (directory / "report.json").write_text("{}")
+    assert "the repository is as it was; run the same command again" in refusal(directory, kind=ConnectionError, base_model="me/tiny")
 
 
 def test_a_wait_of_hours_is_said_instead(hub: Hub, directory: Path) -> None:
@@ -267,7 +276,22 @@ def test_offline_and_interrupted(hub: Hub, directory: Path, run: Run, monkeypatc
     assert refusal(directory, kind=ConnectionError) == f"{REPO}: the Hub client is offline; unset HF_HUB_OFFLINE and run it again"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.close()
+    close_session()  # a connection that is kept alive outlives the server's socket
     assert "the connection broke" in refusal(directory, kind=ConnectionError)
+
+
+def test_a_client_that_another_thread_closed(hub: Hub, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's threads share a connection pool, and the first that has to reconnect closes it."""
+    upload, calls = HfApi.preupload_lfs_files, iter([True, True])
+
+    def flaky(self: HfApi, *args: Any, **options: Any) -> None:
+        if next(calls, False):
+            raise RuntimeError("Error while uploading") from RuntimeError("the client has been closed")
+        upload(self, *args, **options)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", flaky)
+    awq_hf.push_to_hub(directory, REPO)
+    assert is_complete(hub, directory)
 
 
 # Downloads, and another process

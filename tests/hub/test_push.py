@@ -124,6 +124,7 @@ def test_which_card_goes(hub: Hub, directory: Path) -> None:
     (directory / "README.md").write_text("# mine\n")
     assert awq_hf.push_to_hub(directory, REPO).kept == []
     assert card() == "# mine\n"
+    assert awq_hf.push_to_hub(directory, REPO).kept == []  # it is the directory's too
     (directory / "README.md").unlink()
     assert awq_hf.push_to_hub(directory, REPO).kept == ["README.md"]
     (directory / "README.md").write_text("# mine, later\n")

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote
 class Fault:
     """The next `times` requests of this method whose path contains `part` fail: an answer with `status`, or cut off after `cut` bytes.
 
+    page: the answer is HTML, as proxies send it.
     late: the request is carried out, and the answer is what fails. do: runs before the request is looked at.
     """
 
@@ -28,6 +29,7 @@ class Fault:
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     late: bool = False
+    page: bool = False
     do: Callable[[], Any] | None = None
 
 
@@ -85,6 +87,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refused.message, **({"X-Error-Code": refused.code} if refused.code else {})}
             headers |= fault.headers if fault else {}
             status, reply = refused.status, json.dumps({"error": refused.message, **refused.body}).encode()
+            reply = b"<html>" if fault and fault.page else reply
         self._reply(status, reply, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve  # noqa: N815
