@@ -12,6 +12,7 @@ from awq_hf.config import AwqConfig
 from awq_hf.evaluate import Evaluation, evaluate, evaluate_many
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.linear import AwqLinear
+from awq_hf.push import push_to_hub
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
 __version__ = _version("awq-hf")
@@ -25,6 +26,7 @@ __all__ = [
     "evaluate",
     "evaluate_many",
     "export",
+    "push_to_hub",
     "quantize",
     "register",
     "unregister",

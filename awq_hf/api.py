@@ -14,9 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from awq_hf.compat import class_of, progress_bar
+from awq_hf.compat import class_of, commit_of, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.hub_errors import downloading
 from awq_hf.exporters.table import GGUF, exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole
@@ -53,7 +54,8 @@ def quantize(
         quantized = _quantize_in_place(model, config)
     else:
         assert kind is not None
-        quantized = kind.from_pretrained(model, quantization_config=config, **load_options)
+        with downloading(os.fspath(model)):
+            quantized = kind.from_pretrained(model, quantization_config=config, **load_options)
     if target is not None:
         save(quantized, target, tokenizer or config.tokenizer or quantized.name_or_path)
     return quantized
@@ -79,7 +81,8 @@ def export(
         return to_gguf(model, path, overwrite=overwrite, location=location, **options).files[0]
     write = exporter(target, options)
     place = check_output(path, overwrite)
-    checkpoint = open_checkpoint(model, **location)
+    with downloading(str(model) if isinstance(model, (str, os.PathLike)) else ""):
+        checkpoint = open_checkpoint(model, **location)
     if checkpoint.directory is not None and checkpoint.directory.resolve().is_relative_to(place):
         raise ValueError(f"{path} is where the model is read from, which cannot be replaced by an export of it; choose another name")
     with whole(place) as partial:
@@ -125,20 +128,20 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
     return AutoModelForCausalLM if load_options.get("trust_remote_code") else class_of(config.get("architectures"))
 
 
-def save(model: PreTrainedModel, target: Path, tokenizer: Any) -> None:
-    """Write model, tokenizer and processor to `target`, whole or not at all."""
+def save(model: PreTrainedModel, target: Path, tokenizer: Any, **options: Any) -> None:
+    """Write model, tokenizer and processor to `target`, whole or not at all. options: of save_pretrained."""
     with whole(target) as partial:
         partial.mkdir()
-        model.save_pretrained(partial)
-        _save_tokenizer(tokenizer, partial)
-        _copy_processor(model.name_or_path, partial)
+        model.save_pretrained(partial, **options)
+        _save_tokenizer(tokenizer, partial, commit_of(model, tokenizer))
+        _copy_processor(model.name_or_path, partial, commit_of(model, model.name_or_path))
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+def _save_tokenizer(tokenizer: Any, directory: Path, revision: str | None) -> None:
     """A model that was calibrated on tokens may have no tokenizer beside it: that is said, and no reason to throw the work away."""
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
         except (OSError, ValueError) as error:
             logger.warning("no tokenizer was written: none was found at %r (%s)", str(tokenizer), str(error).splitlines()[0])
             return
@@ -146,9 +149,10 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def _copy_processor(source: str, directory: Path) -> None:
+def _copy_processor(source: str, directory: Path, revision: str | None) -> None:
     """Copy what prepares images, sound and video from beside the original model; most models have none of it."""
+    quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
     for name in PROCESSOR_FILES if source else ():  # a model made in memory comes from nowhere
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        found = cached_file(source, name, revision=revision, **quiet)
         if found is not None and not (directory / name).exists():
             shutil.copyfile(found, directory / name)

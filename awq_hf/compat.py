@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
+from transformers.utils.hub import extract_commit_hash
 
 METHOD = "awq"
+HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 _originals: tuple[Any, Any] | None = None
 
 progress_bar = logging.tqdm  # follows transformers' own switch for progress bars
@@ -43,21 +48,47 @@ def unregister() -> None:
         _originals = None
 
 
-def after_saving(model: Any, action: Callable[[Any, str], None]) -> None:
-    """Have model.save_pretrained(directory) call action(model, directory) when it is done.
+def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[..., Any]) -> None:
+    """Have model.save_pretrained(directory) call action(model, directory) when it is done, and push(model, repo_id, **options) do what
+    model.push_to_hub and save_pretrained(push_to_hub=True) do: options of theirs, and those of saving.
 
-    There is no hook for it; a method bound to the instance is used, which copy.deepcopy binds to the copy.
+    There is no hook for either; methods bound to the instance are used, which copy.deepcopy binds to the copy.
     """
+    kind = type(model)
 
+    @functools.wraps(kind.save_pretrained)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
+        pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
+        kind.save_pretrained(self, save_directory, **kwargs)
         action(self, os.fspath(save_directory))
+        if pushed:
+            push(self, hub.pop("repo_id", Path(save_directory).absolute().name), **hub, **kwargs)
+
+    @functools.wraps(kind.push_to_hub)
+    def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(kind.push_to_hub).bind(self, *args, **kwargs).arguments
+        return push(given.pop("self"), given.pop("repo_id"), **given)
 
     model.save_pretrained = types.MethodType(save_pretrained, model)
+    model.push_to_hub = types.MethodType(push_to_hub, model)
 
 
 def forget_after_saving(model: Any) -> None:
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
+
+
+def remember_commit(model: Any, files: Sequence[str]) -> None:
+    """Note in model.config the Hub's commit that its files are of, as older transformers do; it is not saved."""
+    if files and (commit := extract_commit_hash(files[0], None)) is not None:
+        model.config._commit_hash = commit
+
+
+def commit_of(model: Any, source: Any) -> str | None:
+    """The Hub's commit that `model` was loaded from, if `source` is where that was: what lies beside it is of the same."""
+    return getattr(model.config, "_commit_hash", None) if str(source) == model.config.name_or_path else None
 
 
 Resolve = Callable[[str, Mapping[str, Any]], tuple[str, str | None]]

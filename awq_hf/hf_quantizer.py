@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -24,6 +26,8 @@ from awq_hf.preflight import check_room, make_plan, stored_bytes
 from awq_hf.prepare import prepare_kernels
 from awq_hf.recipe import Recipe
 from awq_hf.skip_list import caveats, skip_list
+
+logger = logging.getLogger("awq_hf")
 
 
 class AwqHfQuantizer(HfQuantizer):
@@ -49,6 +53,7 @@ class AwqHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
+        compat.remember_commit(model, files)
         if self.pre_quantized:
             self.loading = begin(model, files, config.spec_of, config.version)
             return
@@ -71,7 +76,7 @@ class AwqHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._finish_loading(model)
             prepare_kernels(model)
-            compat.after_saving(model, _complete)
+            compat.after_saving(model, _complete, _push)
             return model
         assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
@@ -82,7 +87,7 @@ class AwqHfQuantizer(HfQuantizer):
         report.notes += caveats(entries, report.left_in_float, quantized)
         model.awq_report = report
         prepare_kernels(model)
-        compat.after_saving(model, _complete)
+        compat.after_saving(model, _complete, _push)
         return model
 
     def _finish_loading(self, model: Any) -> None:
@@ -133,9 +138,9 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
     if not isinstance(source, (str, os.PathLike)):
         return source
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, revision=compat.commit_of(model, source))
     except (OSError, ValueError) as error:
-        processor = _processor(source)
+        processor = _processor(source, compat.commit_of(model, source))
         if processor is None:
             raise ValueError(
                 f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "
@@ -151,12 +156,23 @@ def _complete(model: Any, directory: str) -> None:
         model.awq_report.save(directory)
 
 
-def _processor(source: str | os.PathLike[str]) -> Any:
+def _push(model: Any, repo_id: str, tags: Any = None, **options: Any) -> CommitInfo:
+    """model.push_to_hub: the same as awq_hf.push_to_hub, with what transformers returns."""
+    import awq_hf  # not above: the whole package is needed, which this is a part of
+
+    if tags:
+        logger.warning("tags %s were not added: the model card brings its own; write them into README.md", tags)
+    done = awq_hf.push_to_hub(model, repo_id, **options)
+    message, description = options.get("commit_message") or "", options.get("commit_description") or ""
+    return CommitInfo(done.commit_url or "", message, description, done.commit or "", pr_url=done.pull_request)
+
+
+def _processor(source: str | os.PathLike[str], revision: str | None) -> Any:
     """The processor of a model for images or sound, if there is one and it has a tokenizer."""
     from transformers import AutoProcessor  # not above: it imports the table of all processors
 
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
     except (OSError, ValueError):
         return None
     return processor if hasattr(processor, "tokenizer") else None

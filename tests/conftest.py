@@ -17,6 +17,8 @@ from torch import Tensor
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", AWQ_HF_KERNEL="reference")
 torch.set_num_threads(1)
 
+from tests.hub.fixtures import hub as hub  # noqa: E402
+
 VOCABULARY = 96
 LLAMA = dict(
     vocab_size=VOCABULARY,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from awq_hf.cli import push as push_command
 from awq_hf.cli.export import EXAMPLES, export
 
 app = typer.Typer(
@@ -233,6 +234,7 @@ def inspect(
 
 
 app.command(epilog=EXAMPLES)(command(export))
+app.command(epilog=push_command.EXAMPLES)(command(push_command.push))
 
 
 @app.command()

@@ -1,0 +1,280 @@
+"""Push a directory to the Hub: what is large is sent first and stays on the Hub, then one commit makes all of it visible at once.
+
+The Hub stores large files by their hash, so a run that is repeated after a break sends what has not arrived, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, validate_repo_id
+
+from awq_hf.exporters.hub_errors import CommitRetries, Stage, checked_token, explained, patiently, sent
+from awq_hf.exporters.hub_files import collect, is_weights
+
+CARD = "README.md"
+MakeCard = Callable[[str, str | None], Mapping[str, bytes | None]]
+"""(repository, text of the README.md there, or None) -> file -> its content, over the directory's; None: leave the repository's alone."""
+
+
+@dataclass
+class PushResult:
+    """commit: its sha; commit, commit_url and pull_request are None where there is none. url: where to look at it. Paths in the repository:
+
+    uploaded, with their bytes: what it did not hold, or held with other content; unchanged; kept: what a person wrote there; removed:
+    weights that the new ones replace. Of a dry run: what would be.
+    """
+
+    repo_id: str
+    url: str
+    commit: str | None = None
+    commit_url: str | None = None
+    pull_request: str | None = None
+    created: bool = False
+    dry_run: bool = False
+    uploaded: dict[str, int] = field(default_factory=dict)
+    unchanged: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.uploaded.values())
+
+
+@dataclass
+class Repository:
+    """A place on the Hub to push to. revision: a branch; exists, has_revision: whether they are there yet."""
+
+    api: HfApi
+    repo_id: str
+    revision: str = "main"
+    create_pr: bool = False
+    exists: bool = False
+    has_revision: bool = False
+
+    @property
+    def url(self) -> str:
+        return f"{self.api.endpoint}/{self.repo_id}" + ("" if self.revision == "main" else f"/tree/{self.revision}")
+
+    def contents(self) -> tuple[str | None, dict[str, Any]]:
+        """The commit that `revision` is at, or would start from, and path -> file there."""
+        if not self.exists:
+            return None, {}
+        revision = self.revision if self.has_revision else "main"
+        head = patiently(lambda: self.api.model_info(self.repo_id, revision=revision).sha)
+        tree = patiently(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=head)))
+        return head, {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+
+    def text(self, path: str, head: str) -> str:
+        with TemporaryDirectory() as room:
+            file = patiently(lambda: self.api.hf_hub_download(self.repo_id, path, revision=head, local_dir=room))
+            return Path(file).read_text(encoding="utf-8", errors="replace")
+
+    def prepare(self, private: bool | None) -> None:
+        """Create what is not there yet; needs the right to write."""
+        if not self.exists:
+            patiently(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
+            self.exists = True
+        if not self.has_revision:
+            patiently(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
+            self.has_revision = True
+
+
+def find_repository(
+    repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False, token: str | bool | None = None
+) -> Repository:
+    """Look at where a push would go, and change nothing. A name without an owner is the token's user's.
+
+    Raises ValueError for a name or revision that cannot be pushed to and for a public repository where `private` is asked for,
+    PermissionError for a token that is missing, refused (401) or only reads, and ConnectionError when the Hub does not answer.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(f"{repo_id!r} is not the name of a repository; give owner/name, or a name in your own namespace") from None
+    api = HfApi(token=checked_token(token), library_name="awq-hf", library_version=version("awq-hf"))
+    with explained(repo_id, api.token):
+        user = patiently(api.whoami)
+        target = Repository(api, repo_id if "/" in repo_id else f"{user['name']}/{repo_id}", revision or "main", create_pr)
+        _check_role(user, target)
+        _look(target, private)
+    return target
+
+
+def _check_role(user: Mapping[str, Any], target: Repository) -> None:
+    role = user.get("auth", {}).get("accessToken", {}).get("role")  # read, write or fineGrained, of which the Hub itself knows the rights
+    owner = target.repo_id.split("/")[0]
+    if role == "read":
+        raise PermissionError(
+            f"the token can only read; to push to {target.repo_id}, use one that can write (`hf auth login`, or HF_TOKEN)"
+        )
+    if role == "write" and not target.create_pr and owner not in {user["name"], *(org["name"] for org in user.get("orgs", ()))}:
+        raise PermissionError(
+            f"{user['name']}, whose token this is, does not belong to {owner}, so {target.repo_id} cannot be written to; "
+            "check the name, or open a pull request on a repository that exists (create_pr, --create-pr)"
+        )
+
+
+def _look(target: Repository, private: bool | None) -> None:
+    """Find out what is there, and refuse what cannot be committed to."""
+    name, revision = target.repo_id, target.revision
+    try:
+        info = patiently(lambda: target.api.model_info(name))
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        target.has_revision = revision == "main"
+        if revision.startswith("refs/"):
+            raise ValueError(f"{name} does not exist, so it has no {revision}") from None
+        return
+    target.exists = True
+    if private and not info.private:
+        raise ValueError(f"{name} exists and is public, and private is for new repositories; choose another name, or change its settings")
+    if revision == "main":
+        target.has_revision = True
+        return
+    try:
+        sha = patiently(lambda: target.api.model_info(name, revision=revision).sha) or ""
+        target.has_revision = True
+    except RevisionNotFoundError:
+        if revision.startswith("refs/") or target.create_pr:
+            raise ValueError(f"{name} has no revision {revision}; create the branch first, or leave the revision out") from None
+        return
+    if sha.startswith(revision) or revision in {tag.name for tag in patiently(lambda: target.api.list_repo_refs(name)).tags}:
+        raise ValueError(f"{revision} of {name} is a commit or a tag, which cannot be written to; give the name of a branch")
+
+
+@dataclass
+class _Plan:
+    """What one commit has to change."""
+
+    head: str | None
+    additions: list[CommitOperationAdd]
+    unchanged: list[str]
+    kept: list[str]
+    removed: list[str]
+
+    @property
+    def operations(self) -> list[CommitOperationAdd | CommitOperationDelete]:
+        return [*self.additions, *map(CommitOperationDelete, self.removed)]
+
+
+def push_directory(
+    directory: str | os.PathLike[str],
+    target: Repository,
+    *,
+    make_card: MakeCard | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> PushResult:
+    """Upload a model's directory to `target`, see `find_repository`, in one commit; files that are there already are not sent.
+
+    Raises ValueError for a directory that holds no model, half of one, or what looks like a secret; PermissionError and ConnectionError
+    as above, which say what the repository holds and how to go on. Nothing of the commit is visible before all of it is there.
+    """
+    files = collect(Path(directory))
+    result = PushResult(target.repo_id, target.url, created=not target.exists, dry_run=dry_run)
+    with explained(target.repo_id, target.api.token) as stage, _bars(progress):
+        plan = _make_plan(target, files, make_card)
+        if not dry_run:
+            target.prepare(private)
+            stage.begun(result.created)
+            message = commit_message or f"Upload with awq-hf {version('awq-hf')}"
+            _commit(target, plan, lambda: _make_plan(target, files, make_card), result, stage, (message, commit_description))
+        else:
+            _note(result, plan)
+    return result
+
+
+def _make_plan(target: Repository, files: Mapping[str, Path], make_card: MakeCard | None) -> _Plan:
+    head, there = target.contents()
+    written = target.text(CARD, head) if head and CARD in there and make_card else None
+    made = make_card(target.repo_id, written) if make_card else {}
+    contents: dict[str, Path | bytes | None] = {**files, **made}
+    if isinstance(card := contents.get(CARD), (bytes, Path)):
+        _check_card(card)
+    plan = _Plan(head, [], [], [path for path, content in contents.items() if content is None], [])
+    for path, content in sorted(contents.items()):
+        if content is not None:
+            addition = CommitOperationAdd(path, content)
+            (plan.unchanged.append(path) if _same(addition, there.get(path)) else plan.additions.append(addition))
+    folders = {str(PurePosixPath(path).parent) for path in files if is_weights(path)}
+    plan.removed = [path for path in there if is_weights(path) and path not in files and str(PurePosixPath(path).parent) in folders]
+    return plan
+
+
+def _same(addition: CommitOperationAdd, there: Any) -> bool:
+    """Whether the repository holds just this; a file is read only where one of its size is there."""
+    if there is None or there.size != addition.upload_info.size:
+        return False
+    if there.lfs is not None:
+        return addition.upload_info.sha256.hex() == there.lfs.sha256
+    with addition.as_file() as file:
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id
+
+
+def _check_card(card: Path | bytes) -> None:
+    try:
+        ModelCard((card if isinstance(card, bytes) else card.read_bytes()).decode())
+    except Exception as error:  # yaml's errors, UnicodeDecodeError, ValueError for data that is no mapping
+        raise ValueError(
+            f"the metadata at the top of {CARD} cannot be read ({str(error).splitlines()[0]}); correct it, or remove it"
+        ) from error
+
+
+def _commit(
+    target: Repository, plan: _Plan, make_plan: Callable[[], _Plan], result: PushResult, stage: Stage, message: tuple[str, str | None]
+) -> None:
+    """Send what is large, then commit; where others commit meanwhile, or it is unknown if ours arrived, look again at what is missing."""
+    retries = CommitRetries(target.create_pr)
+    while True:
+        _note(result, plan)
+        if not plan.operations:
+            result.commit, result.commit_url = plan.head, f"{target.api.endpoint}/{target.repo_id}/commit/{plan.head}"
+            return
+        where: dict[str, Any] = dict(repo_id=target.repo_id, revision=target.revision, create_pr=target.create_pr)
+        sent(lambda: target.api.preupload_lfs_files(additions=plan.additions, free_memory=False, **where))  # noqa: B023  (called at once)
+        if target.create_pr:
+            stage.pull_request_sent(f"{target.url}/discussions")
+        with retries:
+            info = target.api.create_commit(
+                operations=plan.operations, commit_message=message[0], commit_description=message[1], parent_commit=plan.head, **where
+            )
+            result.commit, result.commit_url, result.pull_request = info.oid, info.commit_url, info.pr_url
+            result.url = info.pr_url or target.url
+            return
+        plan = make_plan()
+
+
+def _note(result: PushResult, plan: _Plan) -> None:
+    """Add a plan to the summary; a repeated one adds to what was tried before, which may have arrived."""
+    result.uploaded |= {addition.path_in_repo: addition.upload_info.size for addition in plan.additions}
+    result.unchanged = [path for path in plan.unchanged if path not in result.uploaded]
+    result.kept, result.removed = plan.kept, [*dict.fromkeys(result.removed + plan.removed)]
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    if wanted or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
