@@ -18,6 +18,7 @@ ALLOWED = {
     "spec": "",
     "affine": "spec",
     "report": "model_cards",
+    "base_model": "",
     "representable": "spec",
     "matrices": "compat",
     "blocks": "matrices",
@@ -44,7 +45,7 @@ ALLOWED = {
     "evaluate": "calibration",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
-    "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline prepare "
+    "hf_quantizer": "base_model spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline prepare "
     "compat config",
     "to_gguf": "blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
