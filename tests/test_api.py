@@ -17,7 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import awq_hf
 from awq_hf import AwqConfig, AwqLinear, hf_quantizer
 
-WRITTEN = ["config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "report.json", "tokenizer.json", "tokenizer_config.json"]
+WRITTEN = [
+    *("config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "report.json", "tokenizer.json"),
+    "tokenizer_config.json",
+]
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "recipe.yaml",
+    "report.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 LINEARS = 14
 
 
