@@ -75,8 +75,9 @@ def evaluate(
     batch_size: int = 8,
     progress: Any = None,
 ) -> Evaluation:
-    """Compare `model` with `reference` on windows of `texts` (a UTF-8 text file, strings, or 1-D tensors of token ids; None: the held-out text
-    that comes with the package).
+    """Compare `model` with `reference` on windows of `texts`: a UTF-8 text file, strings, 1-D tensors of token ids, or None.
+
+    None is the held-out text that comes with the package.
 
     Windows of seq_len tokens follow each other without overlap; max_tokens // seq_len of them (at least one) are used. In memory is
     one batch of logits of both models, in the models' dtype; log-probabilities and sums are float64. Standard errors take windows

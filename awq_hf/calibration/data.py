@@ -95,7 +95,8 @@ def load_windows(
 ) -> Windows:
     """Windows of `seq_len` tokens, from which `samples` can be drawn; for None, all that the data yields. `role` is what messages call it.
 
-    calibration: what AwqConfig describes; None is the embedded text of that role. tokenizer: a tokenizer, or a processor that has one; None suffices for token tensors.
+    calibration: what AwqConfig describes; None is the embedded text of that role. tokenizer: a tokenizer, or a processor that has one;
+    None suffices for token tensors.
     Documents are cut into windows; what is left of one is packed together with the next, and only the very last window may be
     shorter than the others. Tokens, and texts and files of less than 4 MB (sources.SMALL), are taken whole and in their order. Of
     all else (more text; tables; records and conversations in memory) documents are drawn with `seed` until they hold
