@@ -14,21 +14,29 @@ TIMEOUT = 5  # seconds: a card is not worth waiting for
 TEXT, TEXTS = ("license", "license_name", "license_link", "pipeline_tag", "library_name"), ("language", "tags", "base_model")
 
 
-def describe(name_or_path: str | os.PathLike[str], commit: str | None = None) -> dict[str, Any]:
-    """report.json's base_model. name_or_path, commit: as a loaded model's config has them; "" for a model that was made in memory.
+def identify(name_or_path: str | os.PathLike[str], commit: str | None = None) -> dict[str, Any]:
+    """name: the Hub id, or the last part of a directory's path, or ""; revision: a commit's sha, or None; local: whether it is a directory.
 
-    name: the Hub id, or the last part of a directory's path; revision: a commit's sha, or None. metadata: keys of the card's header that
-    have the type they should have; {} without a card, and where the Hub does not give it at once. Never raises.
+    name_or_path, commit: as a loaded model's config has them; "" for a model that was made in memory.
     """
     name = os.fspath(name_or_path)
-    if Path(name).is_dir() or not name:
-        path = Path(name).resolve() if name else None
-        if path is not None and path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):  # in the Hub's cache
-            hub_id = path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-            return {"name": hub_id, "revision": path.name, "local": False, "metadata": _metadata(_read(path / CARD))}
-        found = "" if path is None else _read(path / CARD)
-        return {"name": "" if path is None else path.name, "revision": None, "local": True, "metadata": _metadata(found)}
-    return {"name": name, "revision": commit, "local": False, "metadata": _metadata(_from_hub(name, commit))}
+    if name and not Path(name).is_dir():
+        return {"name": name, "revision": commit, "local": False}
+    path = Path(name).resolve() if name else Path()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):  # in the Hub's cache
+        hub_id = path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        return {"name": hub_id, "revision": path.name, "local": False}
+    return {"name": path.name, "revision": None, "local": True}
+
+
+def describe(name_or_path: str | os.PathLike[str], commit: str | None = None) -> dict[str, Any]:
+    """report.json's base_model: what `identify` says, and metadata: keys of the card's header that have the type they should have.
+
+    {} without a card, and where the Hub does not give it at once. Never raises.
+    """
+    name = os.fspath(name_or_path)
+    card = "" if not name else _read(Path(name) / CARD) if Path(name).is_dir() else _from_hub(name, commit)
+    return {**identify(name, commit), "metadata": _metadata(card)}
 
 
 def _read(path: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import logging
@@ -72,7 +73,7 @@ def measure(
     found = _Found()
     reference: Any = load()
     about = dict(runtime="transformers")
-    sizes = dict(weights_bytes=weights_bytes(original, reference), bits_per_weight=bits_per_weight(reference))
+    sizes = dict(weights_bytes=weights_bytes(original, where), bits_per_weight=bits_per_weight(reference))
     rows = [{"name": ORIGINAL, "files": [], **about, **sizes, **row(ORIGINAL, reference)}]
     ours = row(OURS, lambda: found.keep(kind.from_pretrained(folder, **options)))
     plain = {"weights_bytes": None, "bits_per_weight": found.bits, **row(PLAIN, lambda: plainly_rounded(load(), found.specs))}
@@ -80,12 +81,12 @@ def measure(
     rows.append({"name": PLAIN, "files": [], **about, **plain})
     rows.append({"name": OURS, "files": files, **about, "weights_bytes": weights_bytes(folder), "bits_per_weight": found.bits, **ours})
     for file in sorted(folder.glob("*.gguf")):
-        figures = _of_gguf(lambda read, name=file.name: row(name, read), file, kind, reference.config, device_map)
+        figures = _of_gguf(functools.partial(row, file.name), file, kind, reference.config, device_map)
         if figures is not None:
             bits = 8 * file.stat().st_size / reference.num_parameters()
             about_it = dict(weights_bytes=file.stat().st_size, bits_per_weight=bits)
             rows.append({"name": file.name, "files": [file.name], **about, **about_it, **figures})
-    base = base_model.describe(original, getattr(reference.config, "_commit_hash", None))
+    base = base_model.identify(original, getattr(reference.config, "_commit_hash", None))
     content = {
         "reference": {"name": base["name"], "revision": base["revision"], "weights_bytes": sizes["weights_bytes"]},
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -130,16 +131,15 @@ def bits_per_weight(model: Any) -> float:
     return stored / sum(m.in_features * m.out_features if isinstance(m, AwqLinear) else m.weight.numel() for m in linears)
 
 
-def weights_bytes(model: str | os.PathLike[str], loaded: Any = None) -> int | None:
+def weights_bytes(model: str | os.PathLike[str], location: Mapping[str, Any] | None = None) -> int | None:
     """Size of the weights on disk, by the names under which transformers looks for them: of a directory, or in the Hub's cache.
 
-    loaded: the same model in memory, whose commit is asked for. None where neither has any.
+    location: revision and cache_dir, for the Hub. None where there are none.
     """
     folder = Path(model)
     if not folder.is_dir():
-        config = try_to_load_from_cache(
-            os.fspath(model), "config.json", revision=getattr(getattr(loaded, "config", None), "_commit_hash", None)
-        )
+        where = {key: value for key, value in (location or {}).items() if key in ("revision", "cache_dir")}
+        config = try_to_load_from_cache(os.fspath(model), "config.json", **where)
         folder = Path(config).parent if isinstance(config, str) else folder
     files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in files) or None

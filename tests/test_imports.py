@@ -56,13 +56,27 @@ ALLOWED = {
     "model_cards": "",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
+    "targets": "base_model compat config exporters matrices preflight spec",
     "measure": "base_model spec affine calibration linear compat evaluate machine",
     "demo": "measure api config evaluate output report to_gguf",
     "cli": "api base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure output preflight "
-    "recipe_file report rounding spec to_gguf",
+    "recipe_file rounding targets to_gguf",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
-TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "to_gguf", "inspection", "measure"}
+TRANSFORMERS = {
+    "config",
+    "hf_quantizer",
+    "compat",
+    "calibration",
+    "exporters",
+    "api",
+    "cli",
+    "demo",
+    "to_gguf",
+    "inspection",
+    "measure",
+    "targets",
+}
 LEAVES = {"cli", "demo"}  # nobody imports them, but for cli, which starts the demonstration
 
 FOUND = {*PACKAGE.rglob("*.py"), *(path for folder in BARE for path in (PACKAGE / folder).rglob("*.py"))}  # links are not followed

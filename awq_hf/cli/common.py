@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -31,6 +30,12 @@ def _roundings() -> Iterable[str]:
     from awq_hf.rounding import ROUNDERS
 
     return ROUNDERS
+
+
+def gguf_types() -> Iterable[str]:
+    from awq_hf.exporters.gguf.types import names
+
+    return names()
 
 
 Model = Annotated[str, typer.Argument(help="A directory or a Hub id.")]
@@ -70,7 +75,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             typer.echo("interrupted; nothing was written", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            if debug or isinstance(error, (typer.Exit, click.UsageError)):
+            if debug or isinstance(error, (typer.Exit, typer.BadParameter)):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
@@ -124,18 +129,27 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def shared_tokenizer(models: list[str], text: Path | None, **where: Any) -> Any:
+def located(name: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and where it is, of owner/name@revision; a directory is its own."""
+    if Path(name).is_dir() or "@" not in name:
+        return name, {}
+    name, _, revision = name.partition("@")
+    return name, {"revision": revision}
+
+
+def shared_tokenizer(models: list[str], text: Path | None) -> Any:
     """The tokenizer that the models share. Raises ValueError where one has none, or they split the text differently; reads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     from awq_hf.evaluate import check_same_tokens
 
     tokenizers = {}
-    for name in dict.fromkeys(models):
-        AutoConfig.from_pretrained(name, **where)  # says best what is not a model
+    for given in dict.fromkeys(models):
+        name, location = located(given)
+        AutoConfig.from_pretrained(name, **location)  # says best what is not a model
         try:
-            tokenizers[name] = AutoTokenizer.from_pretrained(name, **where)
+            tokenizers[given] = AutoTokenizer.from_pretrained(name, **location)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{name} has no tokenizer ({str(error).splitlines()[0]}); copy the original model's there") from error
+            raise ValueError(f"{given} has no tokenizer ({str(error).splitlines()[0]}); copy the original model's there") from error
     check_same_tokens(tokenizers, text)
     return tokenizers[models[0]]

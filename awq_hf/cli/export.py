@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from awq_hf.cli.common import DTYPES, gguf_types, one_of
 from awq_hf.exporters.table import GGUF, TARGETS
 
 EXAMPLES = (
@@ -22,18 +23,21 @@ Of = typer.Option
 
 
 def export(
-    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, {GGUF}.")],
+    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, {GGUF}.", autocompletion=one_of([*TARGETS, GGUF]))],
     model: Annotated[
         str, typer.Argument(help="A directory or a Hub id; quantized by AWQ, whoever wrote it, or for dense and gguf also float.")
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty. Of gguf: a file, or where to put one.")],
-    dtype: Annotated[str | None, Of(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.")] = None,
+    dtype: Annotated[
+        str | None, Of(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.", autocompletion=one_of(DTYPES))
+    ] = None,
     max_shard_size: Annotated[str | None, Of(help="Of a file of weights; default: 4GB, of gguf one file. As much is in memory.")] = None,
     kind: Annotated[
         str | None,
         Of(
             "--type",
             help="Of gguf: auto (keeps the codes of a quantized model; the default there), Q4_K_M (the default of a float one), ...",
+            autocompletion=one_of(gguf_types),
         ),
     ] = None,
     exact: Annotated[bool, Of("--exact", help="Of gguf: types that hold a quantized model's weights bit for bit.")] = False,
