@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import shlex
@@ -58,7 +59,7 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr("awq_hf.push_to_hub", push_to_hub, raising=False)
     monkeypatch.setattr("awq_hf.model_cards.make_card", make_card, raising=False)
-    real = quantize_command.importlib.import_module
+    real = importlib.import_module
     fake = {"awq_hf.exporters.hub": SimpleNamespace(find_repository=find_repository)}
     monkeypatch.setattr(quantize_command, "importlib", SimpleNamespace(import_module=lambda name: fake.get(name) or real(name)))
     return calls

@@ -121,7 +121,7 @@ class _OneRun:
     """given: options of the command line by their names in a recipe, OUT and the recipe itself among them."""
 
     def __init__(self, given: dict[str, Any], as_json: bool) -> None:
-        from awq_hf import AwqConfig
+        from awq_hf.config import AwqConfig
         from awq_hf.recipe_file import OF_RUN, OPTIONS, Run, read_recipe
 
         file = given.pop("recipe", None)
