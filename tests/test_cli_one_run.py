@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from gguf import GGUFReader
 
 import awq_hf
 from awq_hf import cli
@@ -91,6 +92,10 @@ def test_all_in_one_run(
     assert {"model-AWQ-Q4_K_S.gguf", "model-Q8_0.gguf", "gptq/model.safetensors", "dense/model.safetensors"} <= files
     assert {"README.md", "images/loss.png", "evaluation.json", "recipe.yaml", "report.json", "model.safetensors"} <= files
     assert not any("evaluation.json" in name and "/" in name for name in files)
+    described = {
+        name: GGUFReader(out / name).fields["general.description"].contents() for name in files if name.endswith("AWQ-Q4_K_S.gguf")
+    }
+    assert all("integers of an AWQ checkpoint" in text for text in described.values()) and described
     rows = json.loads((out / "evaluation.json").read_text())["rows"]
     assert [row["files"] for row in rows] == [[], [], [".", "gptq", "dense"], ["model-AWQ-Q4_K_S.gguf"], ["model-Q8_0.gguf"]]
     assert rows[0]["text"] == "held out.txt" and rows[4]["kl"] < rows[2]["kl"]
