@@ -53,9 +53,11 @@ def _targets() -> list[str]:
 
 def quantize(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="A directory or a Hub id; may come from the recipe.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A directory or a Hub id; may come from the recipe.", show_default=False)
+    ] = None,
     out: Annotated[
-        Path | None, typer.Argument(help="Directory to write; must not exist or be empty. Always needed.", show_default=False)
+        Path | None, typer.Argument(metavar="OUT", help="Directory to write; must not exist or be empty.", show_default=False)
     ] = None,
     recipe: Annotated[
         Path | None, Of(help="A YAML or TOML file of options, such as the recipe.yaml of an earlier run; options given here win.")
