@@ -6,6 +6,8 @@ import copy
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from awq_hf.exporters.hub_errors import downloading
 from awq_hf.exporters.table import GGUF, exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole
+from awq_hf.recipe_file import Run, write_recipe
 
 LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # options that say where
 
@@ -38,7 +41,7 @@ def quantize(
     output_dir: str | os.PathLike[str] | None = None,
     **load_options: Any,
 ) -> PreTrainedModel:
-    """Quantize a model and return it; with `output_dir`, also write weights, config, tokenizer and report.json there.
+    """Quantize a model and return it; with `output_dir`, also write weights, config, tokenizer, report.json and recipe.yaml there.
 
     model: a directory, a Hub id, or a float model in memory, which is quantized in place. tokenizer: for the calibration
     text, where the one beside the model is not to be used. load_options go to from_pretrained (dtype, device_map, revision, ...).
@@ -57,8 +60,21 @@ def quantize(
         with downloading(os.fspath(model)):
             quantized = kind.from_pretrained(model, quantization_config=config, **load_options)
     if target is not None:
-        save(quantized, target, tokenizer or config.tokenizer or quantized.name_or_path)
+        run, notes = _run_of(load_options)
+        about = quantized.awq_report.base_model
+        beside = tokenizer or config.tokenizer or quantized.name_or_path
+        save(quantized, target, beside, lambda directory: write_recipe(directory, about, config, run, notes))
     return quantized
+
+
+def _run_of(load_options: dict[str, Any]) -> tuple[Run, tuple[str, ...]]:
+    """Options for loading, as a recipe has them, and a note on those that it has not."""
+    dtype, device = load_options.get("dtype") or "auto", load_options.get("device_map")
+    run = Run(dtype=str(dtype).removeprefix("torch."), device=f"cuda:{device}" if isinstance(device, int) else device)
+    rest = load_options.keys() - {"revision", "dtype", "device_map", "token"}
+    if not isinstance(run.device, str | None):
+        run, rest = replace(run, device=None), rest | {"device_map"}
+    return run, (f"Options for loading were given that a recipe does not hold: {', '.join(sorted(rest))}",) if rest else ()
 
 
 def export(
@@ -128,13 +144,17 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
     return AutoModelForCausalLM if load_options.get("trust_remote_code") else class_of(config.get("architectures"))
 
 
-def save(model: PreTrainedModel, target: Path, tokenizer: Any, **options: Any) -> None:
-    """Write model, tokenizer and processor to `target`, whole or not at all. options: of save_pretrained."""
+def save(model: PreTrainedModel, target: Path, tokenizer: Any, add: Callable[[Path], object] = lambda _: None, **options: Any) -> None:
+    """Write model, tokenizer and processor to `target`, and what `add` writes into that directory, whole or not at all.
+
+    options: of save_pretrained.
+    """
     with whole(target) as partial:
         partial.mkdir()
         model.save_pretrained(partial, **options)
         _save_tokenizer(tokenizer, partial, commit_of(model, tokenizer))
         _copy_processor(model.name_or_path, partial, commit_of(model, model.name_or_path))
+        add(partial)
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path, revision: str | None) -> None:

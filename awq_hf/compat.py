@@ -188,3 +188,11 @@ def empty_model(config: Any, dtype: Any) -> Any:
         if kind is transformers.AutoModelForCausalLM:
             return kind.from_config(config, dtype=dtype, trust_remote_code=False)
         return kind._from_config(config, dtype=dtype)
+
+
+def loaded_whole(kind: Any, place: Any, **options: Any) -> Any:
+    """kind.from_pretrained, which makes up weights that the files lack; here that is a ValueError."""
+    model, info = kind.from_pretrained(place, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
+        raise ValueError(f"{missing[0]} is not in the file, or of another shape")
+    return model

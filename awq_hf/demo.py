@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from awq_hf.api import save
 from awq_hf.config import AwqConfig
 from awq_hf.evaluate import Evaluation, evaluate_many
-from awq_hf.linear import AwqLinear
+from awq_hf.measure import bits_per_weight
 from awq_hf.output import check_output
 from awq_hf.report import REPORT_NAME
 from awq_hf.to_gguf import to_gguf
@@ -101,13 +101,6 @@ def _table(results: dict[str, Evaluation], models: dict[str, Any]) -> Table:
         figures = (f"{evaluation.perplexity:.3f}", f"{evaluation.kl:.4f}", f"{evaluation.top1:.1%}")
         table.add_row(name, f"{size / 1e6:.2f} MB", f"{bits_per_weight(models[name]):.2f}", *figures)
     return table
-
-
-def bits_per_weight(model: Any) -> float:
-    """Stored bits for each weight of the decoder's Linears (embeddings and norms stay as they are)."""
-    linears = [m for m in model.get_decoder().modules() if isinstance(m, (AwqLinear, torch.nn.Linear))]
-    stored = sum(t.nbytes * 8 for m in linears for name, t in m.state_dict().items() if name != "bias")
-    return stored / sum(m.in_features * m.out_features for m in linears)
 
 
 def _in_llama_cpp(file: Path, tokenizer: Any) -> str | None:

@@ -75,7 +75,9 @@ def evaluate(
     batch_size: int = 8,
     progress: Any = None,
 ) -> Evaluation:
-    """Compare `model` with `reference` on windows of `texts` (a UTF-8 text file, strings, or 1-D tensors of token ids).
+    """Compare `model` with `reference` on windows of `texts`: a UTF-8 text file, strings, 1-D tensors of token ids, or None.
+
+    None is the held-out text that comes with the package.
 
     Windows of seq_len tokens follow each other without overlap; max_tokens // seq_len of them (at least one) are used. In memory is
     one batch of logits of both models, in the models' dtype; log-probabilities and sums are float64. Standard errors take windows
@@ -104,8 +106,6 @@ def evaluate_many(
     so that the reference and one model are in memory at a time. The reference's logits would not fit there: it is run again, batch
     by batch, for every model. The text is read and checked before anything is loaded.
     """
-    if texts is None:
-        raise ValueError("texts is missing: give a text file, a list of strings or of token tensors that calibration did not see")
     for option, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{option}={value} leaves nothing to evaluate; give at least 1")

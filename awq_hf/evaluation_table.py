@@ -40,6 +40,13 @@ def tables(rows: list[dict[str, Any]], width: int) -> list[Table]:
     return found
 
 
+def rows_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `tables` takes, of the content of an evaluation.json."""
+    original, *rows = evaluation["rows"]
+    about = {"reference": evaluation["reference"]["name"], "reference_weights_bytes": original["weights_bytes"]}
+    return [{**row, **about, "model": row["name"]} for row in rows]
+
+
 def _table(columns: list[tuple[str, dict[str, str]]], labels: list[str], width: int) -> Table:
     table = Table("")
     for name, _ in columns:

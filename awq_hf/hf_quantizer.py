@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
-from awq_hf import compat
+from awq_hf import base_model, compat
 from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
@@ -81,6 +81,7 @@ class AwqHfQuantizer(HfQuantizer):
         assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
         report = quantize_model(model, self.recipe, self.windows, compat.progress_bar)
+        report.base_model = base_model.describe(model.config.name_or_path or "", getattr(model.config, "_commit_hash", None))
         quantized = [layer.name for layer in report.layers]
         entries = skip_list(report.left_in_float, quantized)
         self.quantization_config.modules_to_not_convert = entries or None

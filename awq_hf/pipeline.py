@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stream import BlockStream, calling_order
 from awq_hf.freed import give_back
+from awq_hf.machine import machine, versions
 from awq_hf.parallel import one_thread_each
 from awq_hf.preflight import Plan, check_calls, check_weights, make_plan
 from awq_hf.recipe import Recipe
@@ -97,10 +96,9 @@ def _describe(windows: Windows) -> dict[str, Any]:
 def _close(report: Report, began: float, cpu_began: float, model: nn.Module) -> None:
     report.seconds["total"] = time.perf_counter() - began
     report.seconds["total, of all cores"] = time.process_time() - cpu_began
-    report.versions = {name: metadata.version(name) for name in ("awq-hf", "transformers", "torch")}
-    report.machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
+    report.versions = versions()
     report.peak_memory_bytes["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     device = next(model.parameters()).device
+    report.machine = machine(device)
     if device.type == "cuda":
-        report.machine["device"] = torch.cuda.get_device_name(device)
         report.peak_memory_bytes["device"] = torch.cuda.max_memory_allocated(device)

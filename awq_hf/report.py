@@ -47,6 +47,7 @@ class LayerReport:
 class Report:
     recipe: dict[str, Any]
     calibration: dict[str, Any]
+    base_model: dict[str, Any] = field(default_factory=dict)  # see base_model.describe
     layers: list[LayerReport] = field(default_factory=list)
     left_in_float: dict[str, str] = field(default_factory=dict)  # module -> reason
     notes: list[str] = field(default_factory=list)  # what a person should know, a sentence each

@@ -85,6 +85,7 @@ def to_gguf(
         )
     if checkpoint.quantization is not None:
         types = plan_types(checkpoint, plan, check_name(type or AUTO), exact)
+        options = _described(options, "The integers of an AWQ checkpoint, repacked by awq-hf")
         return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
     if exact:
         raise ValueError("exact keeps the codes of a quantized checkpoint; this model is float: type F32, F16 or BF16 keeps its weights")
@@ -96,10 +97,16 @@ def to_gguf(
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
     if target_bpw is not None:
         _within_budget(target_bpw, plan, types, _block_matrices(plan, types))
+    options = _described(options, "Quantized from float weights by awq-hf, which searched for these types")
     prepare(checkpoint, path, type=wanted, types=types, **{key: value for key, value in options.items() if key != "progress"})
     return _Search(checkpoint, model, plan, config or AwqConfig(), device, location or {}).export(
         types, path, wanted, target_bpw, save_imatrix, options
     )
+
+
+def _described(options: dict[str, Any], how: str) -> dict[str, Any]:
+    """The file says how it was made, in general.description, unless the caller says something else there."""
+    return {**options, "metadata": {"description": how, **(options.get("metadata") or {})}}
 
 
 def _importance(file: str | os.PathLike[str], plan: Plan) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from awq_hf.stored import DTYPES, NAMES, ZEROS, Packed, find_packed, is_finite
 
 # What lies beside weights and belongs to the model: generation config, tokenizer, processor, chat template, remote code, licence.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.codes", "*.spm", "LICENSE*", "NOTICE*")
-_NOT_COMPANIONS = {"config.json", "quantize_config.json", "quant_config.json", "requirements.txt"}
+_NOT_COMPANIONS = {"config.json", "evaluation.json", "quantize_config.json", "quant_config.json", "requirements.txt"}
 _FOLDERS = ("additional_chat_templates",)
 
 MAPPED = 1 << 16  # bytes of a tensor from which it is worth looking up whose memory it is, to give it back

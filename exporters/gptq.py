@@ -41,7 +41,7 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, max_shard_size: st
     modules = find_modules(checkpoint)
     check_linears(checkpoint, modules, NAME)
     for owner, packed in checkpoint.packed.items():
-        _check_shape(owner, packed.shape, packed.spec.bits)
+        check_shape(owner, packed.shape, packed.spec.bits)
     config = quantization_config({owner: packed.spec for owner, packed in checkpoint.packed.items()}, modules)
     v1 = config["checkpoint_format"] == V1
     tensors = packed_tensors(items_with_bar(checkpoint, NAME, bar), functools.partial(pack_weight, v1=v1))
@@ -49,7 +49,7 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, max_shard_size: st
     write_json(directory / "quantize_config.json", config)
 
 
-def _check_shape(owner: str, shape: tuple[int, int], bits: int) -> None:
+def check_shape(owner: str, shape: tuple[int, int], bits: int) -> None:
     for what, size in zip(("out_features", "in_features"), shape, strict=True):
         if size * bits % 32:
             raise ValueError(

@@ -20,7 +20,10 @@ def check_activations(checkpoint: Checkpoint, target: str) -> None:
 
 def check_linears(checkpoint: Checkpoint, modules: Modules, target: str) -> None:
     if modules.transposed:
-        raise ValueError(
-            f"{min(modules.transposed)} of {checkpoint.label} is a Conv1D, of which programs that read {target} know nothing; "
-            "the targets awq and dense have it"
-        )
+        raise transposed(min(modules.transposed), checkpoint.label, target)
+
+
+def transposed(name: str, label: str, target: str) -> ValueError:
+    return ValueError(
+        f"{name} of {label} is a Conv1D, of which programs that read {target} know nothing; the targets awq and dense have it"
+    )

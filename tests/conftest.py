@@ -181,12 +181,15 @@ class CommandResult(NamedTuple):
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandResult]:
-    """run("quantize", MODEL, OUT, ...): the console script's main(), in this process."""
+    """run("quantize", MODEL, OUT, ...): the console script's main(), in this process. It draws no card: that is model_cards' own."""
     from awq_hf import cli
+    from awq_hf.cli import common
+
+    monkeypatch.setattr("awq_hf.model_cards.make_card", lambda *_args, **_options: {"README.md": b"a card"}, raising=False)
 
     def call(*arguments: object) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["awq-hf", *map(str, arguments)])
-        monkeypatch.setattr(cli, "debug", False)
+        monkeypatch.setattr(common, "debug", False)
         capsys.readouterr()
         try:
             cli.main()

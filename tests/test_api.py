@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import awq_hf
 from awq_hf import AwqConfig, AwqLinear, hf_quantizer
 
-WRITTEN = ["config.json", "generation_config.json", "model.safetensors", "report.json", "tokenizer.json", "tokenizer_config.json"]
+WRITTEN = [
+    *("config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "report.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
+]
 LINEARS = 14
 
 
@@ -151,7 +154,7 @@ def test_a_model_without_tokenizer_is_written_too(
 ) -> None:
     """Calibrated on tokens it needs none; work that is done is not thrown away."""
     awq_hf.quantize(tiny_llama() if in_memory else llama_dir, small_config(samples=2), output_dir=tmp_path / "out")
-    assert files_in(tmp_path / "out") == WRITTEN[:4]
+    assert files_in(tmp_path / "out") == WRITTEN[:5]
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])

@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 import awq_hf
 from awq_hf import cli, evaluation_table
+from awq_hf.cli import common
+from awq_hf.cli import evaluate as evaluate_command
 
 SEQ_LEN, TOKENS = 64, 640
 QUICK = ["--seq-len", SEQ_LEN, "--max-tokens", TOKENS, "--device", "cpu"]
@@ -25,7 +27,7 @@ QUICK = ["--seq-len", SEQ_LEN, "--max-tokens", TOKENS, "--device", "cpu"]
 @pytest.fixture
 def evaluate(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """evaluate(MODEL, ...): `awq-hf eval` on the demonstration's text, unless another is given."""
-    monkeypatch.setattr(cli, "debug", False)
+    monkeypatch.setattr(common, "debug", False)
 
     def run(*arguments: object) -> Result:
         text = [] if "--text" in arguments else ["--text", demo_dir / "evaluation.txt"]
@@ -96,7 +98,7 @@ def test_json_holds_what_evaluate_returns(evaluate: Callable[..., Result], origi
 
 
 def test_table(evaluate: Callable[..., Result], original: Path, sharper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(evaluate_command, "console", Console(width=80))
     options = (sharper, "--reference", original)
     found = json.loads(evaluate(*options, "--json").stdout)[0]
     table = evaluate(*options).stdout

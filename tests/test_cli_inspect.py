@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from awq_hf import cli
+from awq_hf.cli import common
 from awq_hf.inspection import costs
 from awq_hf.inspection.text import duration, size
 
@@ -20,7 +21,7 @@ from awq_hf.inspection.text import duration, size
 @pytest.fixture
 def inspect(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """inspect(MODEL, ...): on a terminal of 80 columns."""
-    monkeypatch.setattr(cli.console, "width", 80)
+    monkeypatch.setattr(common.console, "width", 80)
     return lambda *arguments: run("inspect", *arguments, "--device", "cpu")
 
 

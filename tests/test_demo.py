@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from awq_hf import AwqLinear, demo
+from awq_hf.measure import bits_per_weight
 
 
 @pytest.fixture
@@ -54,11 +55,11 @@ def test_refuses_a_directory_that_exists_before_it_says_anything(console: Consol
 
 def test_bits_per_weight_counts_scales_and_zero_points() -> None:
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
-    assert demo.bits_per_weight(model) == 16
+    assert bits_per_weight(model) == 16
     import awq_hf
 
     config = awq_hf.AwqConfig.plain_rounding(group_size=64, calibration=[torch.arange(64)], samples=1, seq_len=64)
-    assert demo.bits_per_weight(awq_hf.quantize(model, config)) == pytest.approx(4 + (16 + 4) / 64)
+    assert bits_per_weight(awq_hf.quantize(model, config)) == pytest.approx(4 + (16 + 4) / 64)
 
 
 def test_evaluation_and_calibration_text_do_not_overlap() -> None:

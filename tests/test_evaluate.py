@@ -115,7 +115,7 @@ def test_reports_progress_batch_by_batch(models: tuple[Any, Any], tokens: list[T
 @pytest.mark.parametrize(
     "texts, message",
     [
-        (None, "texts is missing"),
+        (None, "embedded evaluation text.* tokenizer"),
         (["a string"], "tokenizer"),
         ("no-such-file.txt", "does not exist"),
         ([torch.tensor([5])], "at least 2"),

@@ -18,6 +18,8 @@ ALLOWED = {
     "spec": "",
     "affine": "spec",
     "report": "model_cards",
+    "base_model": "",
+    "machine": "",
     "representable": "spec",
     "matrices": "compat",
     "blocks": "matrices",
@@ -37,28 +39,45 @@ ALLOWED = {
     "checkpoint": "spec kernels.layout kernels.foreign linear matrices headers stored compat",
     "layer": "spec affine representable calibration transforms rounding recipe",
     "block": "spec affine parallel matrices layer linear blocks calibration folding transforms recipe report",
-    "pipeline": "spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report block",
+    "pipeline": "machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report block",
     "encoding": "spec affine matrices blocks calibration exporters pipeline preflight block recipe report rounding transforms",
     "sensitivity": "calibration exporters matrices",
     "compat": "",
     "evaluate": "calibration",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
-    "hf_quantizer": "spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline prepare "
-    "compat config",
+    "hf_quantizer": "base_model spec kernels.layout calibration exporters recipe linear headers checkpoint preflight skip_list pipeline "
+    "prepare compat config",
     "to_gguf": "blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
-    "api": "config hf_quantizer compat exporters output to_gguf",
+    "recipe_file": "config",
+    "api": "recipe_file config hf_quantizer compat exporters output to_gguf",
     "push": "api exporters model_cards",
     "exporters": "spec affine kernels.layout kernels.foreign linear matrices freed headers stored skip_list config compat output",
     "model_cards": "",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
-    "demo": "api config evaluate linear output report to_gguf",
-    "cli": "api push exporters to_gguf compat config demo evaluate evaluation_table exporters.table inspection linear report spec",
+    "targets": "base_model compat config exporters matrices preflight spec",
+    "measure": "base_model spec affine calibration linear compat evaluate machine",
+    "demo": "measure api config evaluate output report to_gguf",
+    "cli": "api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure output preflight "
+    "recipe_file rounding targets to_gguf",
     "__init__": "api compat config evaluate hf_quantizer linear push spec",
 }
-TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "to_gguf", "inspection"}
+TRANSFORMERS = {
+    "config",
+    "hf_quantizer",
+    "compat",
+    "calibration",
+    "exporters",
+    "api",
+    "cli",
+    "demo",
+    "to_gguf",
+    "inspection",
+    "measure",
+    "targets",
+}
 LEAVES = {"cli", "demo"}  # nobody imports them, but for cli, which starts the demonstration
 
 FOUND = {*PACKAGE.rglob("*.py"), *(path for folder in BARE for path in (PACKAGE / folder).rglob("*.py"))}  # links are not followed

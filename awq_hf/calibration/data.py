@@ -16,6 +16,7 @@ from awq_hf.calibration.sources import listed, open_source
 from awq_hf.calibration.tokens import tokenize
 
 DOCUMENT = "\n<|document|>\n"  # between the documents of the embedded texts
+EMBEDDED = {"calibration": "embedded multi-domain text", "evaluation": "embedded evaluation text"}  # role -> what results call it
 HELD_OUT = 8  # one window in so many is kept from the search and judges it
 
 MARGIN = 2  # documents are drawn until there are so many times the tokens asked for
@@ -94,7 +95,8 @@ def load_windows(
 ) -> Windows:
     """Windows of `seq_len` tokens, from which `samples` can be drawn; for None, all that the data yields. `role` is what messages call it.
 
-    calibration: what AwqConfig describes. tokenizer: a tokenizer, or a processor that has one; None suffices for token tensors.
+    calibration: what AwqConfig describes; None is the embedded text of that role. tokenizer: a tokenizer, or a processor that has one;
+    None suffices for token tensors.
     Documents are cut into windows; what is left of one is packed together with the next, and only the very last window may be
     shorter than the others. Tokens, and texts and files of less than 4 MB (sources.SMALL), are taken whole and in their order. Of
     all else (more text; tables; records and conversations in memory) documents are drawn with `seed` until they hold
@@ -103,7 +105,7 @@ def load_windows(
     """
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} is too short; windows need at least 2 tokens")
-    source = listed(embedded_texts(), "embedded multi-domain text", 0) if calibration is None else open_source(calibration, role)
+    source = listed(embedded_texts(role), EMBEDDED[role], 0) if calibration is None else open_source(calibration, role)
     enough = None if samples is None or source.is_small else MARGIN * samples * seq_len
     rows: list[Tensor] = []
     total = 0
@@ -118,12 +120,12 @@ def load_windows(
     return _pack(rows, seq_len, source.name, role)
 
 
-def embedded_texts() -> list[str]:
-    """The documents of the calibration text that comes with the package: prose, code, dialogue, mathematics, many languages.
+def embedded_texts(role: str = "calibration") -> list[str]:
+    """The documents of the text that comes with the package for calibration, or for evaluation: prose, code, dialogue, many languages.
 
-    Domains are interleaved, so that any number of leading windows holds every kind.
+    The two share nothing. Domains are interleaved, so that any number of leading windows holds every kind.
     """
-    folder = resources.files("awq_hf") / "data" / "calibration"
+    folder = resources.files("awq_hf") / "data" / role
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
     domains = [f.read_text(encoding="utf-8").strip("\n").split(DOCUMENT) for f in files]
     placed = [((i + 0.5) / len(d), n, text) for n, d in enumerate(domains) for i, text in enumerate(d)]

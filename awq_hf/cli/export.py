@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from awq_hf.cli.common import DTYPES, gguf_types, one_of
 from awq_hf.exporters.table import GGUF, TARGETS
 
 EXAMPLES = (
@@ -25,12 +26,14 @@ OfSearch = functools.partial(typer.Option, rich_help_panel="Options of gguf, for
 
 
 def export(
-    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, {GGUF}.")],
+    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, {GGUF}.", autocompletion=one_of([*TARGETS, GGUF]))],
     model: Annotated[
         str, typer.Argument(help="A directory or a Hub id; quantized by AWQ, whoever wrote it, or for dense and gguf also float.")
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty. Of gguf: a file, or where to put one.")],
-    dtype: Annotated[str | None, Of(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.")] = None,
+    dtype: Annotated[
+        str | None, Of(help="Of dense: float16, bfloat16, float32; default: the checkpoint's.", autocompletion=one_of(DTYPES))
+    ] = None,
     max_shard_size: Annotated[
         str | None, Of(help="Of a file of weights; default: 4GB, and as much is in memory; of gguf one file, of any size.")
     ] = None,
@@ -39,6 +42,7 @@ def export(
         OfGguf(
             "--type",
             help="auto (keeps the codes of a quantized model, and is the default there), Q4_K_M (the default of a float one), Q8_0, ...",
+            autocompletion=one_of(gguf_types),
         ),
     ] = None,
     exact: Annotated[bool, OfGguf("--exact", help="Types that hold a quantized model's weights bit for bit.")] = False,

@@ -12,14 +12,20 @@ __all__ = ["Contents", "Forecast", "inspect"]
 
 
 def inspect(
-    model: str, config: AwqConfig | None = None, dtype: str = "auto", device: str = "cpu", progress: Progress | None = None
+    model: str,
+    config: AwqConfig | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: Progress | None = None,
+    revision: str | None = None,
 ) -> Forecast | Contents:
     """Look at a directory or Hub id, whose weights are not read but for one decoder block of each shape.
 
     config: as for quantizing an ordinary checkpoint; of no use with an AWQ one. dtype, device: to quantize it with, or to run it with.
+    revision: branch, tag or commit, for a Hub id.
     Raises ValueError or FileNotFoundError for what is neither.
     """
-    source = open_source(model)
+    source = open_source(model, revision)
     if source.quantization is None:
         if any(name.endswith(".qweight") for name in source.headers):
             raise ValueError(f"{model} holds *.qweight, so it is quantized already, but its config.json has no quantization_config")

@@ -61,18 +61,18 @@ class Source:
             raise ValueError(f"{self.name}: transformers cannot build a model from its config: {_first_line(error)}") from error
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, revision: str | None = None) -> Source:
     """Find a model by its directory or Hub id. Raises ValueError or FileNotFoundError when it cannot be inspected."""
     path = Path(name).expanduser()
     if path.is_file():
         raise ValueError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a Hub id")
-    directory = path if path.is_dir() else _cached(name)
+    directory = path if path.is_dir() else _cached(name, revision)
     if directory is None:
         try:
             validate_repo_id(name)
         except HFValidationError:
             raise FileNotFoundError(f"there is no directory {name}, and it cannot be a Hub id (owner/name) either") from None
-        return _from_hub(name)
+        return _from_hub(name, revision)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json; give the directory of a transformers model, or a Hub id")
     headers = read_headers(weight_files(directory, name), str(directory))
@@ -93,23 +93,23 @@ def _read_report(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _cached(repo: str) -> Path | None:
+def _cached(repo: str, revision: str | None) -> Path | None:
     """The directory of a Hub model whose weights were downloaded before."""
     try:
-        directory = Path(snapshot_download(repo, local_files_only=True))
+        directory = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         complete = all(file.is_file() for file in weight_files(directory, repo))
     except (LocalEntryNotFoundError, ValueError):  # an id that is none is a ValueError
         return None
     return directory if complete and (directory / "config.json").is_file() else None
 
 
-def _from_hub(repo: str) -> Source:
+def _from_hub(repo: str, revision: str | None) -> Source:
     """Config and headers over the network: some hundred kilobytes."""
     try:
-        config = AutoConfig.from_pretrained(repo, trust_remote_code=False)
-        files = get_safetensors_metadata(repo).files_metadata
+        config = AutoConfig.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        files = get_safetensors_metadata(repo, revision=revision).files_metadata
         try:
-            report = _read_report(Path(hf_hub_download(repo, REPORT_NAME)))
+            report = _read_report(Path(hf_hub_download(repo, REPORT_NAME, revision=revision)))
         except EntryNotFoundError:
             report = None
     except Exception as error:  # of the network, the Hub and transformers: many classes, all of them the same to a user

@@ -77,14 +77,19 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Non
         metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=headers)})
         config = transformers.AutoConfig.from_pretrained(directory)
 
-        def download(repo: str, name: str) -> str:
-            assert repo == "someone/model"
+        def look(repo: str, revision: str | None, found: Any) -> Any:
+            if (repo, revision) not in (("someone/model", None), ("someone/model", "v2")):
+                raise ValueError(f"no {repo} at {revision}")
+            return found
+
+        def download(repo: str, name: str, revision: str | None = None) -> str:
             if not (directory / name).is_file():
                 raise EntryNotFoundError(f"no {name}")
-            return str(directory / name)
+            return str(look(repo, revision, directory / name))
 
-        monkeypatch.setattr(source, "get_safetensors_metadata", {"someone/model": metadata}.__getitem__)
-        monkeypatch.setattr(source, "AutoConfig", SimpleNamespace(from_pretrained=lambda repo, **_: {"someone/model": config}[repo]))
+        read = lambda repo, revision=None, **_: look(repo, revision, config)  # noqa: E731
+        monkeypatch.setattr(source, "get_safetensors_metadata", lambda repo, revision=None: look(repo, revision, metadata))
+        monkeypatch.setattr(source, "AutoConfig", SimpleNamespace(from_pretrained=read))
         monkeypatch.setattr(source, "hf_hub_download", download)
 
     return serve
@@ -105,6 +110,9 @@ def test_an_awq_model_on_the_hub(hub: Callable[[Path], None], quantized_dir: Pat
     here = contents_of(quantized_dir)
     hub(quantized_dir)
     assert inspect("someone/model") == replace(here, model="someone/model")
+    assert inspect("someone/model", revision="v2") == inspect("someone/model")
+    with pytest.raises(ValueError, match="no someone/model at v3"):
+        inspect("someone/model", revision="v3")
     with pytest.raises(ValueError, match="someone/other is no directory here, and the Hub does not give such a model"):
         inspect("someone/other")
 

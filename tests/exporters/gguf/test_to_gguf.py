@@ -226,7 +226,9 @@ def test_a_directory_is_searched_with_its_own_tokenizer(build: Any, small_config
     config = small_config(calibration=texts * 8, samples=4, seq_len=32, scale=False)
     (file,) = to_gguf(tmp_path / "Some-Model", tmp_path, config=config, progress=False).files
     assert file.name.startswith("Some-Model-") and file.name.endswith("-Q4_K_M.gguf")
-    assert GGUFReader(file).fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    fields = GGUFReader(file).fields
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert "from float weights" in fields["general.description"].contents()
 
 
 def matrix(path: Path, **entries: Any) -> Path:

@@ -1,0 +1,86 @@
+"""awq-hf eval."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from awq_hf.cli.common import AsJson, Device, Dtype, check_device, check_dtype, console, located, shared_tokenizer
+
+EXAMPLES = (
+    "Examples:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B`\n\n"
+    "`awq-hf eval ./awq-4bit ./awq-3bit --reference ./original --text book.txt --json > results.json`\n\n"
+    "`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B@main --save` (also plain rounding and GGUF files, for the card)"
+)
+
+Of = typer.Option
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Directories or Hub ids, also owner/name@revision; one is in memory at a time.")
+    ],
+    text: Annotated[Path | None, Of(help="UTF-8 text file that calibration did not see; default: the embedded one.")] = None,
+    reference: Annotated[str | None, Of(help="The original model; adds KL divergence and top-1 agreement.")] = None,
+    seq_len: Annotated[int, Of(help="Tokens in a window.")] = 512,
+    max_tokens: Annotated[int | None, Of(help="Stop after so many tokens; default: all, with --save 65,536.")] = None,
+    batch_size: Annotated[int, Of(help="Windows that run together; lower it when memory runs out.")] = 8,
+    save: Annotated[
+        bool, Of("--save", help="Measure all that MODEL, a directory, holds, and plain rounding; write it there as evaluation.json.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure models on a text: perplexity, and with --reference how far they are from the original."""
+    from awq_hf.compat import progress_bar
+    from awq_hf.evaluation_table import rows_of, tables
+
+    options: dict[str, Any] = dict(dtype=check_dtype(dtype), device_map=check_device(device))
+    common = dict(seq_len=seq_len, batch_size=batch_size, progress=progress_bar)
+    if save:
+        if len(models) != 1 or reference is None or not Path(models[0]).is_dir():
+            raise ValueError(
+                "--save writes into the directory of one model, and compares with --reference; give one directory and a reference"
+            )
+        from awq_hf.measure import MAX_TOKENS, measure
+
+        original, location = located(reference)
+        found = measure(models[0], original, text, location=location, max_tokens=max_tokens or MAX_TOKENS, **options, **common)
+        rows = rows_of(found)
+    else:
+        found = rows = _compared(models, reference, text, options, dict(max_tokens=max_tokens, **common))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for table in tables(rows, console.width):
+        console.print(table)
+
+
+def _compared(models: list[str], reference: str | None, text: Path | None, options: dict[str, Any], how: dict[str, Any]) -> Any:
+    """A row for each model."""
+    from transformers import AutoConfig
+
+    import awq_hf
+    from awq_hf.compat import class_of
+    from awq_hf.measure import weights_bytes
+
+    def load(given: str) -> Any:
+        name, location = located(given)
+        kind = class_of(AutoConfig.from_pretrained(name, **location).architectures)
+        return kind.from_pretrained(name, **location, **options)
+
+    results = awq_hf.evaluate_many(
+        {name: functools.partial(load, name) for name in models},
+        None if reference is None else functools.partial(load, reference),
+        text,
+        shared_tokenizer([*models, *([reference] if reference else [])], text),
+        **how,
+    )
+    size = lambda name: weights_bytes(*located(name))  # noqa: E731
+    about = {"reference": reference, "reference_weights_bytes": None if reference is None else size(reference)}
+    return [{"model": name, "weights_bytes": size(name), **about, **result.to_dict()} for name, result in results.items()]

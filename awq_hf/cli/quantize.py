@@ -1,0 +1,269 @@
+"""awq-hf quantize: from a model to a directory, and, if so asked, to exports, measurements, a card and the Hub, in one run."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from awq_hf.cli.common import (
+    AsJson,
+    Bits,
+    Device,
+    Dtype,
+    GroupSize,
+    Override,
+    Revision,
+    Rounding,
+    Samples,
+    SeqLen,
+    Skip,
+    Symmetric,
+    check_device,
+    check_dtype,
+    console,
+    gguf_types,
+    in_config,
+    one_of,
+    say,
+    shared_tokenizer,
+)
+from awq_hf.cli.steps import Step, command_line, run_steps
+
+EXAMPLES = (
+    "Examples:\n\n`awq-hf quantize meta-llama/Llama-3.2-1B ./llama-awq`\n\n"
+    "`awq-hf quantize ./my-model ./my-model-awq --bits 3 --calibration notes.txt`\n\n"
+    "`awq-hf quantize ./my-model ./my-model-awq --calibration HuggingFaceH4/ultrachat_200k::train_sft`\n\n"
+    "`awq-hf quantize me/model ./out --export gguf:Q4_K_M --export compressed-tensors --push me/model-AWQ` (all in one run)\n\n"
+    "`awq-hf quantize --recipe out/recipe.yaml ./again`"
+)
+Of = typer.Option
+
+
+def _targets() -> list[str]:
+    from awq_hf.targets import CHOICES
+
+    return [*CHOICES, *(f"gguf:{name}" for name in gguf_types())]
+
+
+def quantize(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A directory or a Hub id; may come from the recipe.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Directory to write; must not exist or be empty.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        Path | None, Of(help="A YAML or TOML file of options, such as the recipe.yaml of an earlier run; options given here win.")
+    ] = None,
+    revision: Revision = None,
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    symmetric: Symmetric = False,
+    calibration: Annotated[
+        str | None,
+        Of(help="A text, .jsonl, .json or .parquet file, or a dataset (directory or name)[:config][:split]; default: the embedded text."),
+    ] = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    rounding: Rounding = "descent",
+    skip: Skip = None,
+    override: Override = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, Of(help="Draws the calibration windows.")] = 0,
+    scales_for: Annotated[
+        str | None,
+        Of(
+            help="Q4_K or Q4_1: scales that this GGUF type holds exactly; an exported file has the same weights then.",
+            autocompletion=one_of(("Q4_K", "Q4_1")),
+        ),
+    ] = None,
+    export: Annotated[
+        list[str] | None,
+        Of(
+            metavar="TARGET[:TYPE]",
+            help="Also write: compressed-tensors, gptq, dense[:DTYPE]: the same integers, in a folder of that name; gguf: the same "
+            "integers, as a file; gguf:Q4_K_M or another type: made from the float weights by a search for that type. Repeatable.",
+            autocompletion=one_of(_targets),
+        ),
+    ] = None,
+    measure: Annotated[
+        bool | None,
+        Of(
+            "--measure/--no-measure",
+            help="Write evaluation.json: perplexity and KL divergence of all that was written, and of plain rounding. Default: if there "
+            "is a --text or a --push.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[Path | None, Of(help="Measure on this UTF-8 text, which calibration did not see; default: the embedded one.")] = None,
+    push: Annotated[str | None, Of(metavar="REPO", help="Push the result, with its card, to this repository of the Hub.")] = None,
+    private: Annotated[bool, Of("--private", help="Create that repository as a private one.")] = False,
+    base_model: Annotated[str | None, Of(metavar="ID", help="Hub id of the original, for the card; where MODEL is a directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model and write a checkpoint that vLLM, SGLang, transformers and MLX read (4 bits).
+
+    In the same run it can be exported, measured, described by a card and pushed. All that can be refused is refused before the work
+    starts; if a later step fails, OUT holds what is finished, and the message says which commands do the rest.
+    """
+    chosen = {name: value for name, value in ctx.params.items() if getattr(ctx.get_parameter_source(name), "name", None) != "DEFAULT"}
+    given = dict(in_config(*item) for item in chosen.items())
+    _OneRun(given, as_json).go()
+
+
+class _OneRun:
+    """given: options of the command line by their names in a recipe, OUT and the recipe itself among them."""
+
+    def __init__(self, given: dict[str, Any], as_json: bool) -> None:
+        from awq_hf.config import AwqConfig
+        from awq_hf.recipe_file import OF_RUN, OPTIONS, Run, read_recipe
+
+        file = given.pop("recipe", None)
+        read = {} if file is None else read_recipe(file)
+        if "out" not in given and "model" in read and "model" in given:  # awq-hf quantize --recipe FILE OUT
+            given["out"] = given.pop("model")
+        options = {**read, **{name: value for name, value in given.items() if name in OPTIONS}}
+        if "out" not in given or options.get("model") is None:
+            raise typer.BadParameter(
+                "give MODEL and OUT; MODEL may come from a recipe" if file is None else "give MODEL, which is not in the recipe, and OUT"
+            )
+        self.out, self.as_json = Path(given["out"]), as_json
+        self.run = Run(**{name: options[name] for name in OF_RUN if name in options})
+        self.run = replace(self.run, text=None if self.run.text is None else str(self.run.text))
+        self.config = AwqConfig(**{name: value for name, value in options.items() if name not in OF_RUN})
+        self.dtype, self.device = check_dtype(self.run.dtype), check_device(self.run.device)
+        self.model, self.location = str(self.run.model), {} if self.run.revision is None else {"revision": self.run.revision}
+        self.measured = self.run.measure if self.run.measure is not None else bool(self.run.text or self.run.push)
+
+    def go(self) -> None:
+        import awq_hf
+        from awq_hf.recipe_file import write_recipe
+
+        self.check()
+        model: Any = awq_hf.quantize(
+            self.model, self.config, output_dir=self.out, dtype=self.dtype, device_map=self.device, **self.location
+        )
+        report = model.awq_report
+        del model
+        gc.collect()
+        base = report.base_model
+        write_recipe(self.out, base, self.config, self.run)
+        if (
+            base["revision"] is not None and not Path(self.model).is_dir()
+        ):  # what follows is of the same commit, whatever happens on the Hub
+            self.location = {"revision": base["revision"]}
+        self.say(report.summary())
+        self.say(f"\nWritten to {self.out}; {self.out / 'report.json'} says what happened to every layer.")
+        steps = self.steps()
+        results = dict(zip(steps, run_steps(list(steps.values()), self.say, f"The model is in {self.out}."), strict=True))
+        self.close(report, results)
+
+    def check(self) -> None:
+        """Everything that can be refused, before the work."""
+        from awq_hf.api import check_model
+        from awq_hf.output import check_output
+        from awq_hf.targets import parse_targets, places
+
+        check_output(self.out)
+        self.targets = parse_targets(self.run.export or ())
+        if self.run.measure is False and self.run.text is not None:
+            raise ValueError("--no-measure and --text contradict each other: a text is there to measure on; leave one out")
+        if self.run.push is None and self.run.private:
+            raise ValueError("--private is about the repository of --push; give both, or neither")
+        check_model(self.model, self.location)
+        self.places = places(self.targets, self.model, self.location, self.config, self.out)
+        if self.measured:
+            shared_tokenizer([self.original()], None if self.run.text is None else Path(self.run.text))
+        importlib.import_module("awq_hf.model_cards")
+        if self.run.push is not None:
+            importlib.import_module("awq_hf.exporters.hub").find_repository(self.run.push, private=self.run.private or None)
+
+    def original(self) -> str:
+        """The model as `awq-hf eval` takes it."""
+        return "@".join([self.model, *self.location.values()])
+
+    def say(self, text: str) -> None:
+        if self.as_json:
+            typer.echo(text, err=True)
+        else:
+            say(text)
+
+    def steps(self) -> dict[str, Step]:
+        """What comes after saving, by name."""
+        found = {str(target): self._export(target, place) for target, place in zip(self.targets, self.places, strict=True)}
+        if self.measured:
+            again = command_line("eval", self.out, reference=self.original(), text=self.run.text, save=True)
+            found["measure"] = Step("Measuring", self._measure, again)
+        again = command_line("card", self.out, repo_id=self.run.push, base_model=self.run.base_model)
+        found["card"] = Step("Writing the card", self._card, again)
+        if self.run.push is not None:
+            again = command_line("push", self.out, self.run.push, private=self.run.private, base_model=self.run.base_model)
+            found["push"] = Step(f"Pushing to {self.run.push}", self._push, again)
+        return found
+
+    def _export(self, target: Any, place: Path) -> Step:
+        import awq_hf
+        from awq_hf.to_gguf import to_gguf
+
+        if target.name != "gguf":
+            options = {} if target.type is None else {"dtype": target.type}
+            again = command_line("export", target.name, self.out, place, **options)
+            return Step(f"Exporting to {target}", lambda: awq_hf.export(self.out, target.name, place, **options), again)
+        common: dict[str, Any] = dict(progress=not self.as_json, metadata={"name": place.stem})
+        if target.type is None:
+            again = command_line("export", "gguf", self.out, place)
+            return Step("Exporting to gguf: the same integers", lambda: to_gguf(self.out, place, **common), again)
+        chosen = {name: getattr(self.config, name) for name in ("calibration", "samples", "seq_len")}
+        again = command_line("export", "gguf", self.model, place, type=target.type, device=self.device, **chosen, **self.location)
+        common |= dict(type=target.type, config=self.config, device=self.device, location=self.location)
+        return Step(f"Exporting to gguf: {target.type}, from the float weights", lambda: to_gguf(self.model, place, **common), again)
+
+    def _measure(self) -> dict[str, Any]:
+        from awq_hf.compat import progress_bar
+        from awq_hf.measure import measure
+
+        options: dict[str, Any] = dict(location=self.location, dtype=self.dtype, device_map=self.device, progress=progress_bar)
+        return measure(self.out, self.model, self.run.text, **options)
+
+    def _card(self) -> None:
+        cards: Any = importlib.import_module("awq_hf.model_cards")
+        for path, content in cards.make_card(self.out, repo_id=self.run.push, base_model=self.run.base_model).items():
+            file = self.out / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+
+    def _push(self) -> Any:
+        hub: Any = importlib.import_module("awq_hf")
+        options = dict(private=self.run.private or None, base_model=self.run.base_model, progress=not self.as_json)
+        return hub.push_to_hub(self.out, self.run.push, **options)
+
+    def close(self, report: Any, results: dict[str, Any]) -> None:
+        from awq_hf.evaluation_table import rows_of, tables
+
+        files = [place.relative_to(self.out).as_posix() for place in self.places]
+        if self.as_json:
+            found = {**report.to_dict(), "output": str(self.out), "exports": files}
+            found |= {"evaluation": results["measure"]} if "measure" in results else {}
+            typer.echo(json.dumps(found | ({"push": asdict(results["push"])} if "push" in results else {})))
+            return
+        if "measure" in results:
+            for table in tables(rows_of(results["measure"]), console.width):
+                console.print(table)
+        if files:
+            self.say(f"In {self.out}: {', '.join(files)}")
+        if "push" in results:
+            self.say(f"Pushed to {results['push'].url}")
+        else:
+            self.say(
+                f"Next:\n\n  {command_line('push', self.out, 'OWNER/NAME')}"
+                if self.measured
+                else f"Next, measure it:\n\n  {command_line('eval', self.out, reference=self.original(), save=True)}"
+            )

@@ -1,0 +1,163 @@
+"""evaluation.json: how far what lies in a directory is from the original, and how far plain rounding would have been."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from awq_hf import base_model
+from awq_hf.affine import choose_grid, fake_quantize
+from awq_hf.calibration.data import load_windows
+from awq_hf.compat import Conv1D, class_of, loaded_whole
+from awq_hf.evaluate import Texts, evaluate_many
+from awq_hf.linear import AwqLinear
+from awq_hf.machine import machine, versions
+from awq_hf.spec import QuantSpec
+
+EVALUATION_NAME = "evaluation.json"
+ORIGINAL, PLAIN, OURS = "original", "plain rounding", "awq-hf"  # rows that are no files
+SAME_CODES = ("compressed-tensors", "gptq", "dense")  # exports that hold the checkpoint's weights: its row is theirs
+MAX_TOKENS = 2**16  # of the text: more changes the third digit
+SEQ_LEN = 512
+
+logger = logging.getLogger("awq_hf")
+
+
+def measure(
+    directory: str | os.PathLike[str],
+    original: str | os.PathLike[str],
+    texts: Texts = None,
+    *,
+    location: Mapping[str, Any] | None = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    seq_len: int | None = None,
+    max_tokens: int | None = MAX_TOKENS,
+    batch_size: int = 8,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Measure what `awq-hf quantize` wrote into `directory` against the original; write evaluation.json there, and return its content.
+
+    original: a directory or a Hub id, location: its revision and so on. texts: what calibration did not see; None: the text that comes
+    with the package. Rows: the original; plain rounding of its weights, computed here, of just the Linears that were quantized, as they
+    are stored; the checkpoint; each GGUF file, as transformers reads it, in float32 (another file is left out, and a warning says why).
+    In memory are the original and one other model at a time. Raises ValueError as `evaluate` does, before a model is loaded.
+    """
+    folder, where = Path(directory), dict(location or {})
+    config = AutoConfig.from_pretrained(original, **where)
+    tokenizer = AutoTokenizer.from_pretrained(original, **where)
+    kind, options = class_of(config.architectures), dict(dtype=dtype, device_map=device_map)
+    width = seq_len or min(SEQ_LEN, getattr(config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN)
+
+    load_windows(texts, tokenizer, width, role="evaluation")  # what is wrong with it is said before a model is loaded
+
+    def load() -> Any:
+        return kind.from_pretrained(original, **where, **options)
+
+    def row(name: str, source: Any) -> dict[str, Any]:
+        return evaluate_many({name: source}, reference, texts, tokenizer, width, max_tokens, batch_size, progress)[name].to_dict()
+
+    found = _Found()
+    reference: Any = load()
+    about = dict(runtime="transformers")
+    sizes = dict(weights_bytes=weights_bytes(original, where), bits_per_weight=bits_per_weight(reference))
+    rows = [{"name": ORIGINAL, "files": [], **about, **sizes, **row(ORIGINAL, reference)}]
+    ours = row(OURS, lambda: found.keep(kind.from_pretrained(folder, **options)))
+    plain = {"weights_bytes": None, "bits_per_weight": found.bits, **row(PLAIN, lambda: plainly_rounded(load(), found.specs))}
+    files = [".", *(name for name in SAME_CODES if (folder / name / "config.json").is_file())]
+    rows.append({"name": PLAIN, "files": [], **about, **plain})
+    rows.append({"name": OURS, "files": files, **about, "weights_bytes": weights_bytes(folder), "bits_per_weight": found.bits, **ours})
+    for file in sorted(folder.glob("*.gguf")):
+        figures = _of_gguf(functools.partial(row, file.name), file, kind, reference.config, device_map)
+        if figures is not None:
+            bits = 8 * file.stat().st_size / reference.num_parameters()
+            about_it = dict(weights_bytes=file.stat().st_size, bits_per_weight=bits)
+            rows.append({"name": file.name, "files": [file.name], **about, **about_it, **figures})
+    base = base_model.identify(original, getattr(reference.config, "_commit_hash", None))
+    content = {
+        "reference": {"name": base["name"], "revision": base["revision"], "weights_bytes": sizes["weights_bytes"]},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": versions(),
+        "machine": machine(reference.device),
+        "rows": rows,
+    }
+    partial = folder / f".{EVALUATION_NAME}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / EVALUATION_NAME)
+    return content
+
+
+class _Found:
+    """What is to be known of the quantized model when it is gone."""
+
+    bits: float
+    specs: dict[str, QuantSpec]
+
+    def keep(self, model: nn.Module) -> nn.Module:
+        self.bits = bits_per_weight(model)
+        self.specs = {name: module.spec for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+        return model
+
+
+@torch.no_grad()
+def plainly_rounded(model: nn.Module, specs: Mapping[str, QuantSpec]) -> nn.Module:
+    """The float model with the weights of these modules rounded to the nearest codes, in place; returned."""
+    for name, spec in specs.items():
+        module = model.get_submodule(name)
+        weight = module.get_parameter("weight").data
+        matrix = (weight.T if isinstance(module, Conv1D) else weight).float().contiguous()  # [out, in]
+        rounded = fake_quantize(matrix, choose_grid(matrix, spec))
+        weight.copy_(rounded.T if isinstance(module, Conv1D) else rounded)
+    return model
+
+
+def bits_per_weight(model: Any) -> float:
+    """Stored bits for each weight of the decoder's Linears (embeddings and norms stay as they are)."""
+    linears = [m for m in model.get_decoder().modules() if isinstance(m, (AwqLinear, Conv1D, nn.Linear))]
+    stored = sum(t.nbytes * 8 for m in linears for name, t in m.state_dict().items() if name != "bias")
+    return stored / sum(m.in_features * m.out_features if isinstance(m, AwqLinear) else m.weight.numel() for m in linears)
+
+
+def weights_bytes(model: str | os.PathLike[str], location: Mapping[str, Any] | None = None) -> int | None:
+    """Size of the weights on disk, by the names under which transformers looks for them: of a directory, or in the Hub's cache.
+
+    location: revision and cache_dir, for the Hub. None where there are none.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        where = {key: value for key, value in (location or {}).items() if key in ("revision", "cache_dir")}
+        config = try_to_load_from_cache(os.fspath(model), "config.json", **where)
+        folder = Path(config).parent if isinstance(config, str) else folder
+    files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files) or None
+
+
+def _of_gguf(
+    measured: Callable[[Callable[[], Any]], dict[str, Any]], file: Path, kind: Any, config: Any, device_map: Any
+) -> dict[str, Any] | None:
+    """The figures of a file, or None and a warning where transformers does not read it as this model."""
+    try:
+        return measured(
+            lambda: loaded_whole(
+                kind, file.parent, gguf_file=file.name, config=copy.deepcopy(config), dtype=torch.float32, device_map=device_map
+            )
+        )
+    except Exception as error:  # of a reader that is not ours: all kinds of them
+        gc.collect()
+        logger.warning(
+            "%s was not measured: transformers does not read it (%s)", file.name, (str(error) or type(error).__name__).splitlines()[0]
+        )
+        return None

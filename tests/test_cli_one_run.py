@@ -1,0 +1,333 @@
+"""`awq-hf quantize` that does it all: the order, what is refused before the work, what is left when a step fails, and recipes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+from gguf import GGUFReader
+
+import awq_hf
+from awq_hf import cli
+from awq_hf.cli import common
+from awq_hf.cli import quantize as quantize_command
+from awq_hf.recipe_file import OPTIONS
+
+PLAIN = ["--samples", "2", "--seq-len", "32", "--rounding", "nearest", "--device", "cpu"]
+Run = Callable[..., Any]
+
+
+@dataclass
+class Pushed:
+    """Stands for what push_to_hub returns."""
+
+    url: str
+    uploaded: list[str]
+
+
+@pytest.fixture(scope="module")
+def model(demo_dir: Path) -> Path:
+    return demo_dir / "model"
+
+
+@pytest.fixture
+def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What a Hub that takes everything was asked."""
+    calls: list[tuple[Any, ...]] = []
+
+    def push_to_hub(
+        model: Any, repo_id: str, *, private: bool | None = None, base_model: str | None = None, progress: bool = True
+    ) -> Pushed:
+        calls.append(("push", model, repo_id, private, base_model, sorted(path.name for path in Path(model).iterdir())))
+        return Pushed(f"https://hub/{repo_id}", ["README.md"])
+
+    def find_repository(repo_id: str, *, private: bool | None = None) -> None:
+        calls.append(("look", repo_id, private))
+
+    def make_card(directory: Any, repo_id: str | None = None, base_model: str | None = None) -> dict[str, bytes]:
+        calls.append(("card", directory, repo_id, base_model))
+        return {"README.md": b"card", "images/loss.png": b"plot"}
+
+    monkeypatch.setattr("awq_hf.push_to_hub", push_to_hub, raising=False)
+    monkeypatch.setattr("awq_hf.model_cards.make_card", make_card, raising=False)
+    real = importlib.import_module
+    fake = {"awq_hf.exporters.hub": SimpleNamespace(find_repository=find_repository)}
+    monkeypatch.setattr(quantize_command, "importlib", SimpleNamespace(import_module=lambda name: fake.get(name) or real(name)))
+    return calls
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(awq_hf, "quantize", fail)
+
+
+def refused(result: Any, *parts: str) -> bool:
+    squeezed = "".join(result.err.split())
+    return (result.status, result.out) == (1, "") and all("".join(part.split()) in squeezed for part in ("error: ", *parts))
+
+
+def test_all_in_one_run(
+    run: Run, model: Path, pushes: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_dir: Path
+) -> None:
+    text, out = tmp_path / "held out.txt", tmp_path / "out"
+    text.write_text((demo_dir / "evaluation.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    exports = [word for target in ("gguf", "gguf:Q8_0", "gptq", "dense:float16") for word in ("--export", target)]
+    arguments = [*PLAIN, *exports, "--text", text, "--push", "me/model-AWQ", "--private", "--base-model", "me/model"]
+    result = run("quantize", model, out, *arguments)
+    assert result.status == 0, result.err
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert {"model-AWQ-Q4_K_S.gguf", "model-Q8_0.gguf", "gptq/model.safetensors", "dense/model.safetensors"} <= files
+    assert {"README.md", "images/loss.png", "evaluation.json", "recipe.yaml", "report.json", "model.safetensors"} <= files
+    assert not any("evaluation.json" in name and "/" in name for name in files)
+    described = {
+        name: GGUFReader(out / name).fields["general.description"].contents() for name in files if name.endswith("AWQ-Q4_K_S.gguf")
+    }
+    assert all("integers of an AWQ checkpoint" in text for text in described.values()) and described
+    rows = json.loads((out / "evaluation.json").read_text())["rows"]
+    assert [row["files"] for row in rows] == [[], [], [".", "gptq", "dense"], ["model-AWQ-Q4_K_S.gguf"], ["model-Q8_0.gguf"]]
+    assert rows[0]["text"] == "held out.txt" and rows[4]["kl"] < rows[2]["kl"]
+    kinds = [call[0] for call in pushes]
+    assert kinds == ["look", "card", "push"] and pushes[0] == ("look", "me/model-AWQ", True)
+    assert pushes[1] == ("card", out, "me/model-AWQ", "me/model") and pushes[2][:5] == ("push", out, "me/model-AWQ", True, "me/model")
+    assert {"README.md", "evaluation.json", "model-Q8_0.gguf"} <= set(pushes[2][5])
+    order = ["Written to", "gguf: the same integers", "gguf: Q8_0, from the float weights", "gptq", "dense", "Measuring", "card", "Pushing"]
+    places = [result.out.index(part) for part in order]
+    assert places == sorted(places) and "https://hub/me/model-AWQ" in result.out and "plain rounding" in result.out
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    expected = {"model": "model", "device": "cpu", "text": "held out.txt", "base_model": "me/model", "samples": 2, "seq_len": 32}
+    assert recipe == {**expected, "export": ["gguf", "gguf:Q8_0", "gptq", "dense:float16"], "rounding": "nearest"}
+
+
+def test_json_alone_is_on_stdout(run: Run, model: Path, pushes: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    out, text = tmp_path / "out", tmp_path / "held.txt"
+    text.write_text("The state of our Union is strong. " * 40)
+    result = run("quantize", model, out, *PLAIN, "--export", "compressed-tensors", "--text", text, "--push", "me/model", "--json")
+    assert result.status == 0, result.err
+    found = json.loads(result.out)
+    assert found["evaluation"] == json.loads((out / "evaluation.json").read_text())
+    assert found["push"] == {"url": "https://hub/me/model", "uploaded": ["README.md"]}
+    assert found["exports"] == ["compressed-tensors"] and found["layers"] == json.loads((out / "report.json").read_text())["layers"]
+    assert "Exporting to compressed-tensors" in result.err
+
+
+@pytest.mark.parametrize("option, measured", [([], False), (["--measure"], True), (["--push", "me/m"], True)])
+def test_when_it_is_measured(
+    option: list[str], measured: bool, run: Run, model: Path, pushes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_command._OneRun, "_measure", lambda _self: {"rows": [{"weights_bytes": 1}], "reference": {"name": ""}})
+    monkeypatch.setattr("awq_hf.evaluation_table.tables", lambda *_: [])
+    result = run("quantize", model, tmp_path / "out", *PLAIN, *option)
+    assert result.status == 0 and ("Measuring" in result.out) == measured, result.err
+    if option[:1] == ["--push"]:
+        assert "Measuring" not in run("quantize", model, tmp_path / "other", *PLAIN, *option, "--no-measure").out
+
+
+# Refused before the work
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (["--export", "onnx"], ["there is no target 'onnx'", "compressed-tensors, gptq, dense, gguf"]),
+        (["--export", "awq"], ["AWQ is what OUT holds anyway"]),
+        (["--export", "gguf:Q9"], ["type 'Q9' is not written to GGUF files"]),
+        (["--export", "gptq:4"], ["gptq has no types"]),
+        (["--export", "dense:int8"], ["'int8' is not known", "float16, bfloat16, float32"]),
+        (["--export", "gptq", "--export", "gptq"], ["gptq is asked for already"]),
+        (["--export", "gguf:Q4_K_M", "--export", "gguf:q4_k_m"], ["gguf:Q4_K_M is asked for already"]),
+        (["--export", "dense", "--export", "dense:float16"], ["dense is asked for already"]),
+        (["--export", "gguf", "--bits", "8"], ["no type of blocks holds its codes (8 bits"]),
+        (["--text", "none.txt"], ["none.txt' does not exist"]),
+        (["--text", "none.txt", "--no-measure"], ["contradict each other"]),
+        (["--private"], ["--private is about the repository of --push"]),
+        (["--calibration", "none.txt"], ["none.txt' does not exist"]),
+        (["--group-size", "100"], ["group_size=100"]),
+    ],
+)
+def test_refused_before_the_work(
+    options: list[str], parts: list[str], run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--calibration" not in options:  # which quantize() itself looks at, before it loads a weight
+        monkeypatch.setattr(awq_hf, "quantize", None)
+    assert refused(run("quantize", model, tmp_path / "out", *PLAIN, *options), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_architectures_that_a_target_does_not_know(run: Run, no_work: None, random_model: Any, llama_dir: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, OPTConfig
+
+    opt = OPTConfig(
+        vocab_size=96, hidden_size=64, ffn_dim=128, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64,
+        word_embed_proj_dim=64,
+    )  # fmt: skip
+    random_model(opt).save_pretrained(tmp_path / "opt")
+    random_model(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96)).save_pretrained(tmp_path / "gpt2")
+    small = ["--group-size", "32"]
+    assert refused(run("quantize", tmp_path / "opt", tmp_path / "out", *small, "--export", "gguf"), "opt")
+    assert refused(run("quantize", tmp_path / "gpt2", tmp_path / "out", *small, "--export", "gptq"), "is a Conv1D")
+    assert refused(run("quantize", llama_dir, tmp_path / "out", *small, "--measure"), "has no tokenizer")
+
+
+def test_a_repository_that_cannot_be_pushed_to(
+    run: Run, no_work: None, pushes: list[Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_repository(_repo: str, **_options: Any) -> None:
+        raise PermissionError("the token only reads; make one that writes")
+
+    fake = SimpleNamespace(find_repository=find_repository)
+    monkeypatch.setattr(quantize_command, "importlib", SimpleNamespace(import_module=lambda _name: fake))
+    assert refused(run("quantize", model, tmp_path / "out", *PLAIN, "--push", "me/model"), "the token only reads")
+
+
+# A step that fails
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the Hub is away"), KeyboardInterrupt()])
+def test_what_is_left_is_said(
+    error: BaseException, run: Run, model: Path, pushes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("awq_hf.measure.measure", fail)
+    out = tmp_path / "o u t"
+    result = run("quantize", model, out, *PLAIN, "--export", "gptq", "--push", "me/model", "--private", "--base-model", "me/base")
+    interrupted = isinstance(error, KeyboardInterrupt)
+    assert result.status == (130 if interrupted else 1) and ("interrupted" if interrupted else "the Hub is away") in result.err
+    commands = [shlex.split(line) for line in result.err.splitlines() if line.startswith("  awq-hf")]
+    assert commands == [
+        ["awq-hf", "eval", str(out), "--reference", str(model), "--save"],
+        ["awq-hf", "card", str(out), "--repo-id", "me/model", "--base-model", "me/base"],
+        ["awq-hf", "push", str(out), "me/model", "--private", "--base-model", "me/base"],
+    ]
+    assert (out / "gptq" / "config.json").is_file() and not (out / "evaluation.json").exists()
+    monkeypatch.undo()
+    assert run(*commands[0][1:], "--max-tokens", 512).status == 0 and (out / "evaluation.json").is_file()
+
+
+@pytest.mark.parametrize("target", ["gguf", "gguf:Q8_0", "dense:float16"])
+def test_an_export_that_failed_can_be_repeated(target: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("awq_hf.to_gguf.to_gguf", fail)
+    monkeypatch.setattr(awq_hf, "export", fail)
+    result = run("quantize", model, tmp_path / "out", *PLAIN, "--export", target)
+    (again, _card) = [shlex.split(line) for line in result.err.splitlines() if line.startswith("  awq-hf")]
+    assert result.status == 1 and "no space left" in result.err and not list(tmp_path.rglob("*.gguf"))
+    monkeypatch.undo()
+    done = run(*again[1:])
+    assert done.status == 0, done.err
+    assert list((tmp_path / "out").glob("*.gguf")) or (tmp_path / "out" / "dense" / "model.safetensors").is_file()
+
+
+# Recipes
+
+
+def test_a_recipe_repeats_the_run(run: Run, model: Path, demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    options = [
+        "--bits",
+        3,
+        "--group-size",
+        64,
+        "--symmetric",
+        "--skip",
+        "o_proj",
+        "--override",
+        "down_proj=8",
+        "--override",
+        "layers.0=float",
+    ]
+    calibration = ["--calibration", demo_dir / "calibration.txt", "--seed", 5, "--samples", 4, "--seq-len", 32]
+    assert run("quantize", model, first, *options, *calibration, "--dtype", "float32", "--export", "gptq").status == 0
+    recipe = yaml.safe_load((first / "recipe.yaml").read_text())
+    expected = {"model": "model", "dtype": "float32", "export": ["gptq"], "bits": 3, "group_size": 64, "zero_point": False}
+    overrides = {"down_proj": {"bits": 8}, "layers.0": None}
+    expected |= {"modules_to_not_convert": ["o_proj"], "overrides": overrides, "calibration": "calibration.txt"}
+    assert recipe == {**expected, "samples": 4, "seq_len": 32, "seed": 5}
+    monkeypatch.chdir(demo_dir)  # where both the model and the text are
+    assert run("quantize", "--recipe", first / "recipe.yaml", second).status == 0
+    for file in ("model.safetensors", "config.json", "recipe.yaml", "gptq/model.safetensors"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+    changed = run("quantize", "--recipe", first / "recipe.yaml", model, third, "--bits", 4, "--seed", 0)
+    assert changed.status == 0, changed.err
+    kept = {key: value for key, value in recipe.items() if key not in ("bits", "seed")}
+    assert yaml.safe_load((third / "recipe.yaml").read_text()) == kept
+    report = json.loads((third / "report.json").read_text())["recipe"]
+    assert (report["spec"]["bits"], report["spec"]["group_size"], report["seed"]) == (4, 64, 0)
+
+
+def test_recipes_that_lack_what_is_needed(run: Run, no_work: None, model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("bits = 3\n")
+    assert run("quantize", "--recipe", recipe, tmp_path / "out").status == 2
+    recipe.write_text(f'model = "{model}"\n')
+    assert run("quantize", "--recipe", recipe).status == 2
+    recipe.write_text(f'model = "{model}"\nbit = 3\n')
+    assert refused(run("quantize", "--recipe", recipe, tmp_path / "out"), "no option 'bit'; did you mean bits?")
+    assert refused(run("quantize", "--recipe", tmp_path / "none.yaml", model, tmp_path / "out"), "there is no recipe")
+
+
+# The command line itself
+
+
+def test_options_have_the_defaults_and_names_of_the_config() -> None:
+    """What --help shows is what happens."""
+    parameters = inspect.signature(quantize_command.quantize).parameters
+    given = {name: parameter.default for name, parameter in parameters.items() if name not in ("ctx", "out", "recipe", "as_json")}
+    for name, value in dict(common.in_config(*item) for item in given.items()).items():
+        assert value in (OPTIONS[name][1], {}), name
+
+
+def test_a_revision_is_the_hub_s(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def check_model(model: str, options: dict[str, Any]) -> None:
+        asked.append({"model": model, **options})
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("awq_hf.api.check_model", check_model)
+    assert refused(run("quantize", "me/model", tmp_path / "out", "--revision", "v2"), "that is enough")
+    assert asked == [{"model": "me/model", "revision": "v2"}]
+    assert common.located("me/model@v2") == ("me/model", {"revision": "v2"})
+    (tmp_path / "a@b").mkdir()
+    assert common.located(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), {})
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["quantize", "m", "o", "--rounding", "d"], {"descent"}),
+        (["quantize", "m", "o", "--dtype", "f"], {"float16", "float32"}),
+        (["quantize", "m", "o", "--export", "gguf:Q4_K_"], {"gguf:Q4_K_M", "gguf:Q4_K_S"}),
+        (["quantize", "m", "o", "--export", "d"], {"dense"}),
+        (["export", "comp"], {"compressed-tensors"}),
+        (["export", "gguf", "m", "o", "--type", "Q8"], {"Q8_0"}),
+        (["export", "dense", "m", "o", "--dtype", "b"], {"bfloat16"}),
+    ],
+)
+def test_completion(words: list[str], expected: set[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the shells ask for it."""
+    line = " ".join(["awq-hf", *words])
+    for name, value in {"_AWQ_HF_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "main", lambda: cli.app(prog_name="awq-hf"))
+    assert set(run(*words).out.split()) == expected
+
+
+def test_completion_can_be_installed(run: Run) -> None:
+    assert {"install_completion", "show_completion"} <= {p.name for p in typer.main.get_command(cli.app).params}
