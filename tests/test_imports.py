@@ -50,11 +50,11 @@ ALLOWED = {
     "output": "",
     "api": "config hf_quantizer compat exporters output to_gguf",
     "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat output",
-    "model_cards": "",
+    "model_cards": "headers skip_list evaluation_table",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
     "demo": "api config evaluate linear output report to_gguf",
-    "cli": "api exporters to_gguf compat config demo evaluate evaluation_table exporters.table inspection linear report spec",
+    "cli": "api exporters to_gguf compat config demo evaluate evaluation_table exporters.table inspection linear model_cards report spec",
     "__init__": "api compat config evaluate hf_quantizer linear spec",
 }
 TRANSFORMERS = {"config", "hf_quantizer", "compat", "calibration", "exporters", "api", "cli", "demo", "to_gguf", "inspection"}

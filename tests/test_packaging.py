@@ -72,7 +72,7 @@ def expected_files() -> set[str]:
     """Every source and data file of the package, by its name in the wheel."""
     files: set[str] = {"awq_hf/py.typed"}
     for folder in (ROOT / "awq_hf", *(ROOT / "awq_hf" / name for name in FOLDERS)):
-        files |= {path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.suffix in (".py", ".cpp")}
+        files |= {path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".jinja")}
     files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "awq_hf" / "data").rglob("*") if path.is_file()}
     return {name for name in files if "__pycache__" not in name}
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from awq_hf.cli import card
 from awq_hf.cli.export import EXAMPLES, export
 
 app = typer.Typer(
@@ -233,6 +234,7 @@ def inspect(
 
 
 app.command(epilog=EXAMPLES)(command(export))
+app.command(epilog=card.EXAMPLES)(command(card.card))
 
 
 @app.command()
