@@ -1,4 +1,4 @@
-"""The models that a directory holds: safetensors checkpoints in its root and folders, GGUF files."""
+"""The models that a directory holds: safetensors checkpoints in its root and in folders named for export targets, GGUF files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from awq_hf.exporters.table import TARGETS
 from awq_hf.headers import INDEX, WEIGHTS, Headers, read_headers, weight_files
 from awq_hf.skip_list import caveats
 
@@ -54,7 +55,7 @@ def find_artifacts(directory: Path, shapes: dict[str, tuple[int, int]]) -> list[
 
     Raises ValueError for files that cannot be read, or whose name no command line can hold.
     """
-    folders = [directory, *sorted(path for path in directory.iterdir() if path.is_dir() and (path / "config.json").is_file())]
+    folders = [directory, *(directory / target for target in TARGETS)]
     found = [_checkpoint(directory, folder, shapes) for folder in folders if _holds_weights(folder)]
     gguf = [_gguf(directory, files) for files in _gguf_files(directory)]
     for name in (name for artifact in (*found, *gguf) for name in artifact.files):

@@ -58,8 +58,8 @@ class Measured:
 class Facts:
     """directory: as the user called it. where: the repository's id, or the directory's name, which snippets use.
 
-    report: report.json or None; recipe: the text of recipe.yaml or None; rows, evaluated: of evaluation.json; reference_bytes: of the
-    original's weights. chat: whether there is a chat template; tokenizer: whether there is a tokenizer; class_name: of transformers, for the root.
+    report: report.json or None; recipe: the text of recipe.yaml or None; rows, date: of evaluation.json; reference_bytes: of the
+    original's weights. chat, tokenizer: whether there is a chat template, a tokenizer. class_name: of transformers, for the root.
     """
 
     directory: str
@@ -71,7 +71,7 @@ class Facts:
     report: dict[str, Any] | None
     recipe: str | None
     rows: list[Measured]
-    evaluated: dict[str, Any]
+    date: str | None
     reference_bytes: int | None
     chat: bool
     tokenizer: bool
@@ -122,7 +122,7 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
         report=report,
         recipe=(path / RECIPE).read_text(encoding="utf-8") if (path / RECIPE).is_file() else None,
         rows=list(_rows(evaluation, path / EVALUATION)),
-        evaluated={key: evaluation[key] for key in ("date", "versions", "machine") if evaluation.get(key)},
+        date=evaluation.get("date") or None,
         reference_bytes=_whole((evaluation.get("reference") or {}).get("weights_bytes")),
         chat=_has_chat_template(path),
         tokenizer=any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from awq_hf.model_cards.facts import PLAIN, Facts
+from awq_hf.model_cards.markdown import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ COLORS = (
     "#56b4e9",
     "#7f7f7f",
     "#000000",
-)  # Okabe and Ito's: told apart by everybody
+)  # told apart by everybody (Okabe and Ito)
 MARKERS = "osD^vP<>X"
 _SIDES = ((0, "center"), (6, "left"), (-6, "right"))
 PLACES = [(11, 0, "left"), (-11, 0, "right"), *((dx, dy, side) for dy in (17, -17, 34, -34, 51, -51) for dx, side in _SIDES)]
@@ -66,6 +67,11 @@ def sizes(facts: Facts) -> list[tuple[str, int, float]]:
     return [*found, *((name, size, kl) for name, size, kl in plain if size and kl)]
 
 
+def _plain(name: str) -> str:
+    """Without formulas, which matplotlib finds between dollars."""
+    return one_line(name).replace("$", r"\$")
+
+
 def _png(paint: Any) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,8 +92,8 @@ def _draw_losses(figure: Figure, series: dict[str, dict[int, float]]) -> None:
     axes = figure.add_subplot()
     longest = max(len(blocks) for blocks in series.values())
     for index, (kind, blocks) in enumerate(series.items()):
-        style = dict(color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)], linewidth=1.3)
-        axes.plot(list(blocks), list(blocks.values()), label=kind, markersize=6 if longest <= 16 else 4.5, alpha=0.85, **style)
+        style: dict[str, Any] = dict(color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)], linewidth=1.3)
+        axes.plot(list(blocks), list(blocks.values()), label=_plain(kind), markersize=6 if longest <= 16 else 4.5, alpha=0.85, **style)
     axes.axhline(1, color="#444444", linestyle="--", linewidth=1.2)
     axes.annotate("plain rounding", (1, 1), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points", ha="right")
     values = [value for blocks in series.values() for value in blocks.values()]
@@ -97,7 +103,7 @@ def _draw_losses(figure: Figure, series: dict[str, dict[int, float]]) -> None:
     else:
         axes.set_ylim(0, max(*values, 1) * 1.12)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="Block", ylabel="Loss, share of plain rounding's")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=min(4, len(series)), frameon=False, fontsize=12, columnspacing=1.2, handletextpad=0.4)
@@ -138,19 +144,14 @@ def _label(figure: Figure, axes: Axes, points: list[tuple[str, float, float]]) -
             near.append(name)
     taken = [Bbox([place - dot, place + dot]) for *_, place in groups]
     for names, xy, (px, py) in groups:
-        text = axes.annotate(", ".join(names), xy, PLACES[0][:2], textcoords="offset points", va="center", fontsize=12)
+        text = axes.annotate(_plain(", ".join(names)), xy, PLACES[0][:2], textcoords="offset points", va="center", fontsize=12)
         text.set_in_layout(False)
         extent = text.get_window_extent()
         for dx, dy, side in PLACES:
             left = px + dx * pixel - extent.width * {"left": 0, "center": 0.5, "right": 1}[side]
             box = Bbox.from_bounds(left, py + dy * pixel - extent.height / 2, extent.width, extent.height)
-            if (
-                box.x0 >= inside.x0
-                and box.x1 <= inside.x1
-                and box.y0 >= inside.y0
-                and box.y1 <= inside.y1
-                and not box.count_overlaps(taken)
-            ):
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if fits and not box.count_overlaps(taken):
                 text.set(position=(dx, dy), horizontalalignment=side)
                 taken.append(box)
                 if abs(dy) > 20:

@@ -39,7 +39,7 @@ def render(facts: Facts, plots: Container[str]) -> str:
         loader=PackageLoader("awq_hf.model_cards"),
         finalize=escape,  # of every value, unless it is Safe
         undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701  `finalize` escapes, for Markdown
+        autoescape=False,  # that would be for HTML
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -76,13 +76,15 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "folders": [a for a in facts.artifacts if a.format in ("compressed-tensors", "gptq") and a.path != "." and "vLLM" in a.readers],
         "auto_class": _auto_class(facts.class_name),
         "causal": _auto_class(facts.class_name) in CLASSES.values(),
-        "obstacles": [text for artifact in facts.artifacts for text in artifact.obstacles],
+        "checkpoints": len(facts.artifacts) > len(facts.gguf),
         "method": _method(facts),
         "stored": _stored(facts),
         "kinds": _kinds(facts.layers),
+        "baseline": "the type's plain quantizer" if _searched(facts) else "plain rounding",
         "loss": f"{loss_ratio(facts.layers):.0%}" if facts.layers else None,
         "fallbacks": [layer for layer in facts.layers if layer.get("fallback")],
         "remarks": remarks(facts.report) if facts.report else [],
+        "notes": list(dict.fromkeys([*(facts.report or {}).get("notes", []), *(text for a in facts.artifacts for text in a.obstacles)])),
         "left": _left(facts),
         "machine": _machine((facts.report or {}).get("machine", {})),
         "seconds": _time((facts.report or {}).get("seconds", {}).get("total")),
@@ -175,13 +177,21 @@ def _quality(facts: Facts, row: Measured) -> dict[str, Any]:
     runtime = "" if row.runtime == "transformers" else f", by {row.runtime}"
     original = row.name == ORIGINAL
     return {
-        "name": {ORIGINAL: "Original", PLAIN: "Plain rounding"}.get(row.name) or _listed(described or [row.name]) + runtime,
+        "name": {ORIGINAL: "Original", PLAIN: "Plain rounding"}.get(row.name) or _together(described or [row.name]) + runtime,
         "here": bool(described),
         "perplexity": None if row.perplexity is None else perplexity(row.perplexity),
         "kl": None if row.kl is None or original else with_error(row.kl, row.kl_se),
         "kl_99": None if row.kl_99 is None or original else f"{row.kl_99:.3g}",
         "top1": None if row.top1 is None or original else f"{row.top1:.1%}",
     }
+
+
+def _together(labels: list[str]) -> str:
+    """AWQ and compressed-tensors, 4 bits"""
+    parts = [label.partition(", ") for label in labels]
+    if len({width for *_, width in parts}) > 1:
+        return _listed(labels)
+    return _listed(form for form, *_ in parts) + "".join(parts[0][1:])
 
 
 def _share(facts: Facts) -> dict[str, str] | None:
@@ -208,6 +218,8 @@ def _method(facts: Facts) -> str | None:
     recipe = (facts.report or {}).get("recipe") or {}
     if not recipe:
         return None
+    if _searched(facts):
+        return "smoothing scales judged by each type's own quantizer; codes chosen together, on the steps that it found"
     steps = [
         *(["AWQ's smoothing scales"] if recipe.get("scale") else []),
         *(["clipping of group ranges"] if recipe.get("clip") else []),
@@ -217,9 +229,14 @@ def _method(facts: Facts) -> str | None:
     return _listed(steps) + (fitted if recipe.get("stream") == "quantized" else "")
 
 
+def _searched(facts: Facts) -> bool:
+    """Whether the report is of a search for GGUF's types."""
+    return any("kind" in layer for layer in facts.layers)
+
+
 def _stored(facts: Facts) -> list[str]:
     """How Linears are stored, from what the report says of each, or else from config.json."""
-    if any("kind" in layer for layer in facts.layers):
+    if _searched(facts):
         kinds = Counter(_type_name(layer["kind"]) for layer in facts.layers)
         return [f"{kind} ({count} Linears)" for kind, count in kinds.most_common()]
     symmetric = (facts.report or {}).get("recipe", {}).get("spec", {}).get("symmetric")
@@ -266,11 +283,17 @@ def _ratio(layer: dict[str, Any]) -> float:
 def _left(facts: Facts) -> list[dict[str, Any]]:
     """Modules in float, those of all blocks as one, with the reason where it is known."""
     if facts.report:
-        found = Counter((_starred(name), reason) for name, reason in facts.report["left_in_float"].items())
-        return [{"name": name, "count": count, "reason": reason} for (name, reason), count in found.items()]
-    named = facts.root.quantization.get("modules_to_not_convert") if facts.root else None
-    names = Counter(_starred(name) for name in named or () if isinstance(name, str))
-    return [{"name": name, "count": count, "reason": None} for name, count in names.items()]
+        named = [*facts.report["left_in_float"].items()]
+    else:
+        entries = facts.root.quantization.get("modules_to_not_convert") if facts.root else None
+        named = [(name, None) for name in entries or () if isinstance(name, str)]
+    found: dict[tuple[str, str | None], list[str]] = {}
+    for name, reason in named:
+        found.setdefault((_starred(name), reason), []).append(name)
+    return [
+        {"name": starred if len(names) > 1 else names[0], "count": len(names), "reason": reason}
+        for (starred, reason), names in found.items()
+    ]
 
 
 def _starred(name: str) -> str:

@@ -20,11 +20,11 @@ def summarize(report: dict[str, Any]) -> str:
         lines += [f"  {layer['name']}: {layer['fallback']}" for layer in fallbacks]
     if report["left_in_float"]:
         lines.append(f"Left in float: {_shortened(list(report['left_in_float']))}.")
-    return "\n".join([*lines, *remarks(report)])
+    return "\n".join([*lines, *remarks(report), *(f"Note: {note}." for note in report["notes"])])
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """What a person should know before using the model, a sentence each; the model card and `summarize` say them alike."""
+    """What the layers say about the limits of the run, a sentence each, for the summary and the model card."""
     layers, found = report["layers"], []
     if report["recipe"].get("scale") is not None:
         not_folded = sum(layer["fold"] is None for layer in layers)
@@ -32,11 +32,12 @@ def remarks(report: dict[str, Any]) -> list[str]:
         found.append(line + (f"; {not_folded} have no place to fold them." if not_folded else "."))
     if dead := [layer for layer in layers if layer["dead_channels"]]:
         worst = max(dead, key=lambda layer: layer["dead_channels"])
+        count = "1 layer has" if len(dead) == 1 else f"{len(dead)} layers have"
         found.append(
-            f"{len(dead)} layers have input channels that are zero for every calibration token (most: {worst['name']}, "
+            f"{count} input channels that are zero for every calibration token (most: {worst['name']}, "
             f"{worst['dead_channels']} of {worst['shape'][1]}). Weights there could not be fitted: other calibration text may reach them."
         )
-    return found + [f"Note: {note}." for note in report["notes"]]
+    return found
 
 
 def loss_ratio(layers: list[dict[str, Any]]) -> float:

@@ -50,7 +50,7 @@ ALLOWED = {
     "output": "",
     "api": "config hf_quantizer compat exporters output to_gguf",
     "exporters": "spec affine kernels.layout kernels.foreign linear matrices headers stored skip_list config compat output",
-    "model_cards": "headers skip_list evaluation_table",
+    "model_cards": "headers skip_list evaluation_table exporters.table",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
     "demo": "api config evaluate linear output report to_gguf",
