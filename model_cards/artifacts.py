@@ -49,6 +49,13 @@ class Artifact:
         """The quantization_config of config.json, {} of a float model and of GGUF."""
         return self.config.get("quantization_config") or {}
 
+    @property
+    def class_name(self) -> str | None:
+        """Of the model in transformers: the first of architectures, if that is a name."""
+        named = self.config.get("architectures")
+        first = named[0] if isinstance(named, list) and named else None
+        return first if isinstance(first, str) and re.fullmatch(r"[A-Za-z]\w*", first) else None
+
 
 def find_artifacts(directory: Path, shapes: dict[str, tuple[int, int]]) -> list[Artifact]:
     """Checkpoints first, the root's before folders', then GGUF files by size. shapes: of Linears, as report.json has them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ class Facts:
     """directory: as the user called it. where: the repository's id, or the directory's name, which snippets use.
 
     report: report.json or None; recipe: the text of recipe.yaml or None; rows, date: of evaluation.json; reference_bytes: of the
-    original's weights. chat, tokenizer: whether there is a chat template, a tokenizer. class_name: of transformers, for the root.
+    original's weights. chat, tokenizer: whether there is a chat template, a tokenizer.
     """
 
     directory: str
@@ -75,11 +74,14 @@ class Facts:
     reference_bytes: int | None
     chat: bool
     tokenizer: bool
-    class_name: str | None
 
     @property
     def root(self) -> Artifact | None:
         return next((artifact for artifact in self.artifacts if artifact.path == ROOT), None)
+
+    @property
+    def class_name(self) -> str | None:
+        return self.root.class_name if self.root else None
 
     @property
     def gguf(self) -> list[Artifact]:
@@ -126,7 +128,6 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
         reference_bytes=_whole((evaluation.get("reference") or {}).get("weights_bytes")),
         chat=_has_chat_template(path),
         tokenizer=any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")),
-        class_name=_class_name(artifacts),
     )
 
 
@@ -208,10 +209,3 @@ def _is_hub_id(name: str) -> bool:
 def _has_chat_template(path: Path) -> bool:
     config = path / "tokenizer_config.json"
     return (path / "chat_template.jinja").is_file() or (config.is_file() and bool(read_json(config).get("chat_template")))
-
-
-def _class_name(artifacts: list[Artifact]) -> str | None:
-    """Of the root's model in transformers: the first of architectures, if that is a name."""
-    named = artifacts[0].config.get("architectures") if artifacts[0].path == ROOT else None
-    first = named[0] if isinstance(named, list) and named else None
-    return first if isinstance(first, str) and re.fullmatch(r"[A-Za-z]\w*", first) else None

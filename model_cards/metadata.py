@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from awq_hf.model_cards.artifacts import ROOT
 from awq_hf.model_cards.facts import Facts, Measured
 from awq_hf.model_cards.markdown import one_line
 
@@ -71,7 +72,7 @@ def _results(facts: Facts, task: str) -> list[EvalResult]:
 
 
 def _of_row(row: Measured, path: str, task: str) -> list[EvalResult]:
-    what = "" if path == "." else f", {path}"
+    what = "" if path == ROOT else f", {path}"
     figures = (
         ("perplexity", f"Perplexity{what}", row.perplexity),
         ("kl_divergence", f"KL divergence to the original in nats{what}", row.kl),

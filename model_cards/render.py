@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from awq_hf.evaluation_table import perplexity, with_error
-from awq_hf.model_cards.artifacts import Artifact
+from awq_hf.model_cards.artifacts import ROOT, Artifact
 from awq_hf.model_cards.facts import ORIGINAL, PLAIN, Facts, Measured
 from awq_hf.model_cards.markdown import FILTERS, escape, one_line
 from awq_hf.model_cards.metadata import card_data
@@ -73,9 +73,9 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "loss_plot": LOSS_PLOT if LOSS_PLOT in plots else None,
         "kl_plot": KL_PLOT if KL_PLOT in plots else None,
         "snippet_gguf": _gguf_snippet(facts),
-        "folders": [a for a in facts.artifacts if a.format in ("compressed-tensors", "gptq") and a.path != "." and "vLLM" in a.readers],
+        "folders": [a for a in facts.artifacts if a.path != ROOT and _writes_text(a.class_name) and "vLLM" in a.readers],
         "auto_class": _auto_class(facts.class_name),
-        "causal": _auto_class(facts.class_name) in CLASSES.values(),
+        "causal": _writes_text(facts.class_name),
         "checkpoints": len(facts.artifacts) > len(facts.gguf),
         "method": _method(facts),
         "stored": _stored(facts),
@@ -116,11 +116,15 @@ def _auto_class(class_name: str | None) -> str | None:
     return next((auto for end, auto in CLASSES.items() if (class_name or "").endswith(end)), class_name)
 
 
+def _writes_text(class_name: str | None) -> bool:
+    return _auto_class(class_name) in CLASSES.values()
+
+
 def _file(facts: Facts, artifact: Artifact) -> dict[str, Any]:
     row, bits = facts.row(artifact), facts.bits_per_weight(artifact)
     first = artifact.files[0]
     several = f"{len(artifact.files)} files" if len(artifact.files) > 1 else None
-    inside = f"{artifact.path}/" if artifact.format != "gguf" and artifact.path != "." else first
+    inside = f"{artifact.path}/" if artifact.format != "gguf" and artifact.path != ROOT else first
     link = f"https://huggingface.co/{facts.repo_id}/blob/main/" if facts.repo_id and artifact.format == "gguf" else None
     kl = None if row is None or row.kl is None else f"{row.kl:.3g}"
     return {

@@ -36,7 +36,7 @@ def awq(bits: int = 4, group: int = 128, **more: Any) -> dict[str, Any]:
 def write_checkpoint(path: Path, quantization: dict[str, Any], names: list[str] = NAMES, **config: Any) -> None:
     """Weights of [256, 256] in AutoAWQ's tensors; embeddings in float."""
     groups = HIDDEN // quantization["group_size"]
-    tensors = {"model.embed_tokens.weight": np.zeros((1024, HIDDEN), np.float16)}
+    tensors: dict[str, Any] = {"model.embed_tokens.weight": np.zeros((1024, HIDDEN), np.float16)}
     for name in names:
         override = quantization.get("overrides", {}).get(name.rpartition(".")[2], {})
         words = HIDDEN * override.get("bits", quantization["bits"]) // 32
@@ -80,7 +80,14 @@ def report(bits: int = 4, **changes: Any) -> dict[str, Any]:
         for i, name in enumerate(NAMES)
     ]  # fmt: skip
     spec = {"bits": bits, "group_size": 128, "symmetric": False}
-    recipe = {"spec": spec, "scale": {"steps": 20}, "clip": {"shrinks": [0.9]}, "rounding": "descent", "stream": "quantized", "seq_len": 256}
+    recipe = {
+        "spec": spec,
+        "scale": {"steps": 20},
+        "clip": {"shrinks": [0.9]},
+        "rounding": "descent",
+        "stream": "quantized",
+        "seq_len": 256,
+    }
     metadata = {"license": "apache-2.0", "language": ["en", "de"], "pipeline_tag": "text-generation", "tags": ["chat", "safetensors"]}
     return {
         "recipe": {**recipe, "overrides": []},
@@ -100,7 +107,16 @@ def report(bits: int = 4, **changes: Any) -> dict[str, Any]:
 def row(name: str, files: list[str], kl: float, perplexity: float, top1: float, **changes: Any) -> dict[str, Any]:
     figures = {"perplexity": perplexity, "reference_perplexity": 22.98, "kl": kl, "kl_se": kl / 40, "kl_99": 7 * kl, "top1": top1}
     sample = {"tokens": 39936, "seq_len": 256, "text": "held_out.txt", "sha256": SHA[::-1]}
-    return {"name": name, "files": files, "runtime": "transformers", "weights_bytes": None, "bits_per_weight": None, **figures, **sample, **changes}
+    return {
+        "name": name,
+        "files": files,
+        "runtime": "transformers",
+        "weights_bytes": None,
+        "bits_per_weight": None,
+        **figures,
+        **sample,
+        **changes,
+    }
 
 
 def evaluation(*rows: dict[str, Any]) -> dict[str, Any]:

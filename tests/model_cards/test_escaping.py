@@ -24,10 +24,11 @@ from awq_hf.model_cards.render import render
 from .conftest import evaluation, row, write_json
 
 HOSTILE = (
-    "](javascript:alert(1))", "![x](https://evil.example/pixel.png)", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a | b | c",
-    "line\n\n# heading\n- item", "\r\n---\nlicense: mit\n---\n", "{{ 7 * 7 }} {% include '/etc/passwd' %} {# x #}", "```\ncode\n```", "`tick` ``",
-    "</details>", "<!-- -->", "&lt;b&gt; &copy;", "*bold* _it_ ~~no~~ **b**", "$$x$$ $y$", "1. one", "- one", "+ one", "# one", "> one", "===",
-    "[ref]: https://evil.example", "[^1]", "https://evil.example www.evil.example", "a\\", "\u202egnp.exe", "null #", "'", '"', "'; rm -rf ~; '", "$(id)",
+    "](javascript:alert(1))", "![x](https://evil.example/pixel.png)", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    "a | b | c", "line\n\n# heading\n- item", "\r\n---\nlicense: mit\n---\n", "{{ 7 * 7 }} {% include '/etc/passwd' %} {# x #}",
+    "```\ncode\n```", "`tick` ``", "</details>", "<!-- -->", "&lt;b&gt; &copy;", "*bold* _it_ ~~no~~ **b**", "$$x$$ $y$",
+    "1. one", "- one", "+ one", "# one", "> one", "===", "[ref]: https://evil.example", "[^1]",
+    "https://evil.example www.evil.example", "a\\", "\u202egnp.exe", "null #", "'", '"', "'; rm -rf ~; '", "$(id)",
     "!!python/object/apply:os.system [id]", "key: value # comment", "<a@b.example>", "<https://evil.example>", "\x00\x1b[31m",
 )  # fmt: skip
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
