@@ -182,12 +182,14 @@ def _gguf_files(directory: Path) -> list[list[Path]]:
 def _gguf(directory: Path, files: list[Path]) -> Artifact:
     from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
-    stored: Counter[GGMLQuantizationType] = Counter()
+    stored: Counter[GGMLQuantizationType] = Counter()  # bytes
+    inside: Counter[GGMLQuantizationType] = Counter()  # of the blocks, which the file is named for
     weights = 0
     for path in files:
         try:
             for tensor in GGUFReader(path).tensors:
                 stored[tensor.tensor_type] += int(tensor.n_bytes)
+                inside[tensor.tensor_type] += int(tensor.n_bytes) if tensor.name.startswith("blk.") else 0
                 weights += int(tensor.n_elements)
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise ValueError(f"{path} cannot be read as GGUF ({error}); is it whole?") from error
@@ -197,7 +199,7 @@ def _gguf(directory: Path, files: list[Path]) -> Artifact:
     return Artifact(
         path=files[0].name,
         format="gguf",
-        label=f"GGUF {tag or max(stored, key=lambda kind: stored[kind]).name}",
+        label=f"GGUF {tag or max(inside, key=lambda kind: inside[kind]).name}" if inside else "GGUF",
         files=tuple(path.name for path in files),
         size=sum(path.stat().st_size for path in files),
         bits_per_weight=8 * sum(stored.values()) / weights if weights else None,

@@ -48,7 +48,7 @@ def write_checkpoint(path: Path, quantization: dict[str, Any], names: list[str] 
 
 
 def write_compressed_tensors(path: Path) -> None:
-    tensors = {"model.embed_tokens.weight": np.zeros((1024, HIDDEN), np.float16)}
+    tensors: dict[str, Any] = {"model.embed_tokens.weight": np.zeros((1024, HIDDEN), np.float16)}
     for name in NAMES:
         tensors[f"{name}.weight_packed"] = np.zeros((HIDDEN, HIDDEN // 8), np.int32)
         tensors[f"{name}.weight_scale"] = np.zeros((HIDDEN, 2), np.float16)
