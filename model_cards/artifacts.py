@@ -180,29 +180,25 @@ def _gguf_files(directory: Path) -> list[list[Path]]:
 
 
 def _gguf(directory: Path, files: list[Path]) -> Artifact:
-    from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+    from gguf import LlamaFileType  # not above: importing awq_hf does without it
 
-    stored: Counter[GGMLQuantizationType] = Counter()  # bytes
-    inside: Counter[GGMLQuantizationType] = Counter()  # of the blocks, which the file is named for
-    weights = 0
-    for path in files:
-        try:
-            for tensor in GGUFReader(path).tensors:
-                stored[tensor.tensor_type] += int(tensor.n_bytes)
-                inside[tensor.tensor_type] += int(tensor.n_bytes) if tensor.name.startswith("blk.") else 0
-                weights += int(tensor.n_elements)
-        except (ValueError, OSError, IndexError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read as GGUF ({error}); is it whole?") from error
+    from awq_hf.model_cards.gguf_header import read_tensors
+
+    tensors = [tensor for path in files for tensor in read_tensors(path)]
+    inside: Counter[str] = Counter()  # bytes of the blocks' types, which the file is named for
+    for tensor in tensors:
+        inside[tensor.kind.name] += tensor.nbytes if tensor.name.startswith("blk.") else 0
+    weights = sum(tensor.weights for tensor in tensors)
     known = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
     parts = [part.upper() for part in re.split(r"[-.]", _SHARD.sub("", files[0].name))]
     tag = next((part for part in reversed(parts) if part in known), None)
     return Artifact(
         path=files[0].name,
         format="gguf",
-        label=f"GGUF {tag or max(inside, key=lambda kind: inside[kind]).name}" if inside else "GGUF",
+        label=f"GGUF {tag or inside.most_common(1)[0][0]}" if inside else "GGUF",
         files=tuple(path.name for path in files),
         size=sum(path.stat().st_size for path in files),
-        bits_per_weight=8 * sum(stored.values()) / weights if weights else None,
+        bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors) / weights if weights else None,
         tag=tag,
         readers=("llama.cpp", "Ollama"),
     )

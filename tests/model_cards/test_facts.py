@@ -8,11 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 from awq_hf.model_cards import is_generated, make_card
 from awq_hf.model_cards.artifacts import find_artifacts
 from awq_hf.model_cards.facts import gather, missing
+from awq_hf.model_cards.gguf_header import read_tensors
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.render import render
 
@@ -168,6 +171,31 @@ def test_parts_of_a_gguf_file_are_one(gguf_only: Path) -> None:
     shutil.copy(whole, gguf_only / "Big-Q4_K_M-00002-of-00002.gguf")
     whole.rename(gguf_only / "Big-Q4_K_M-00001-of-00002.gguf")
     assert "`Big-Q4_K_M-*`" in text_of(gguf_only) and "(2 files)" in text_of(gguf_only)
+
+
+def test_gguf_headers_are_read_as_ggufs_own_reader_does(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint8("key.a", 1)
+    writer.add_int64("key.b", -1)
+    writer.add_bool("key.c", True)
+    writer.add_string("key.d", "a")
+    writer.add_float64("key.e", 0.5)
+    for name, values in {"strings": ["a", "", "ccc"], "floats": [0.5, 1.0], "nested": [[1, 2], [3]]}.items():
+        writer.add_array(f"key.{name}", [*values])
+    writer.add_tensor("blk.0.a.weight", np.zeros((4, 144), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    writer.add_tensor("output_norm.weight", np.zeros(7, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = [(t.name, t.tensor_type, int(t.n_elements), int(t.n_bytes)) for t in gguf.GGUFReader(path).tensors]
+    assert [(t.name, t.kind, t.weights, t.nbytes) for t in read_tensors(path)] == expected and len(expected) == 2
+    whole = path.read_bytes()
+    for end in range(0, whole.index(b"output_norm") + 30, 7):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"x\.gguf cannot be read as GGUF"):
+            read_tensors(path)
 
 
 def test_same_facts_same_bytes(full: Path) -> None:
