@@ -156,3 +156,9 @@ def test_transformers_works_from_the_repository_root() -> None:
         assert python("-c", code, cwd=ROOT) == "False"
     else:
         python("-c", code, cwd=ROOT)
+
+
+def test_templates_of_model_cards_are_found_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
+    code = "from jinja2 import PackageLoader; print(*PackageLoader('awq_hf.model_cards').list_templates())"
+    names = sorted(path.name for path in (ROOT / "model_cards" / "templates").iterdir())
+    assert python("-c", code, cwd=tmp_path, path=installed).split() == names

@@ -181,8 +181,9 @@ def test_gguf_headers_are_read_as_ggufs_own_reader_does(tmp_path: Path) -> None:
     writer.add_bool("key.c", True)
     writer.add_string("key.d", "a")
     writer.add_float64("key.e", 0.5)
-    for name, values in {"strings": ["a", "", "ccc"], "floats": [0.5, 1.0], "nested": [[1, 2], [3]]}.items():
-        writer.add_array(f"key.{name}", [*values])
+    writer.add_array("key.strings", ["a", "", "ccc"])
+    writer.add_array("key.floats", [0.5, 1.0])
+    writer.add_array("key.nested", [[1, 2], [3]])
     writer.add_tensor("blk.0.a.weight", np.zeros((4, 144), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_K)
     writer.add_tensor("output_norm.weight", np.zeros(7, np.float32))
     writer.write_header_to_file()
