@@ -27,7 +27,7 @@ def tables(rows: list[dict[str, Any]], width: int) -> list[Table]:
     *names, base = _short([*(row["model"] for row in rows), original or ""])
     columns = list(zip(names, map(_figures, rows), strict=True))
     if original is not None:
-        known = {"perplexity": _perplexity(first["reference_perplexity"]), "MB on disk": _megabytes(first["reference_weights_bytes"])}
+        known = {"perplexity": perplexity(first["reference_perplexity"]), "MB on disk": _megabytes(first["reference_weights_bytes"])}
         columns.insert(0, (f"{base} (reference)", known))
     labels = [label for label in columns[-1][1] if any(figures.get(label) for _, figures in columns)]
     room = width - LABEL_WIDTH - 4  # a column of n characters takes n + 3 with its padding and border
@@ -63,16 +63,16 @@ def _short(names: list[str]) -> list[str]:
 
 
 def _figures(row: dict[str, Any]) -> dict[str, str]:
-    figures = {"perplexity": _perplexity(row["perplexity"])}
+    figures = {"perplexity": perplexity(row["perplexity"])}
     if row["reference"] is not None:
-        figures["loss diff."] = _with_error(row["loss_difference"], row["loss_difference_se"], "+")
-        figures["KL mean"] = _with_error(row["kl"], row["kl_se"])
+        figures["loss diff."] = with_error(row["loss_difference"], row["loss_difference_se"], "+")
+        figures["KL mean"] = with_error(row["kl"], row["kl_se"])
         figures |= {label: f"{row[key]:.3g}" for label, key in (("KL median", "kl_median"), ("KL 99 %", "kl_99"), ("KL 99.9 %", "kl_999"))}
         figures["same top-1"] = f"{row['top1']:.2%}"
     return figures | {"MB on disk": _megabytes(row["weights_bytes"])}
 
 
-def _perplexity(value: float) -> str:
+def perplexity(value: float) -> str:
     return f"{value:.3f}" if value < 1e6 else f"{value:.3e}"
 
 
@@ -80,7 +80,7 @@ def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.2f}"
 
 
-def _with_error(value: float, error: float | None, sign: str = "") -> str:
+def with_error(value: float, error: float | None, sign: str = "") -> str:
     """Both with the decimals that show two digits of the error, or in powers of ten where those are many."""
     if not error:
         return f"{value:{sign}.3g}"

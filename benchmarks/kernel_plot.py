@@ -18,11 +18,8 @@ STYLES: dict[str, dict[str, Any]] = {  # colours that stay apart for colour-blin
 
 def save(name: str, rows: list[dict[str, Any]]) -> None:
     """results/<name>_<dtype>.png for the rows of every dtype, as `benchmarks.kernels.row` makes them."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        print(f"left out: the plots: {error} (pip install 'awq-hf[benchmarks]')")
-        return
+    import matplotlib
+
     matplotlib.use("Agg")
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         _figure([row for row in rows if row["dtype"] == dtype], f"{name}_{dtype}")

@@ -9,30 +9,35 @@ def summarize(report: dict[str, Any]) -> str:
     """What was done, how much better than plain rounding it is, and every exception to the rule. report: as in report.json."""
     layers, calibration = report["layers"], report["calibration"]
     widths = sorted({layer["bits"] for layer in layers})
-    dead = [layer for layer in layers if layer["dead_channels"]]
     lines = [
         f"{len(layers)} layers quantized to {' and '.join(map(str, widths))} bits in {report['seconds'].get('total', 0):.1f} s, "
         f"calibrated on {calibration['tokens']:,} tokens ({calibration['source']}).",
         f"Output error of a layer on held-out calibration text: {loss_ratio(layers):.0%} of plain rounding's on average.",
     ]
-    if report["recipe"]["scale"] is not None:
-        not_folded = sum(layer["fold"] is None for layer in layers)
-        line = f"Smoothing scales help {sum(layer['alpha'] > 0 for layer in layers)} of {len(layers)} layers"
-        lines.append(line + (f"; {not_folded} have no place to fold them." if not_folded else "."))
     fallbacks = [layer for layer in layers if layer["fallback"]]
     if fallbacks:
         lines.append(f"{len(fallbacks)} layers fell back to simpler rounding, since the held-out text asked for it:")
         lines += [f"  {layer['name']}: {layer['fallback']}" for layer in fallbacks]
-    if dead:
-        worst = max(dead, key=lambda layer: layer["dead_channels"])
-        lines.append(
-            f"{len(dead)} layers have input channels that are zero for every calibration token (most: {worst['name']}, "
-            f"{worst['dead_channels']} of {worst['shape'][1]}). Weights there could not be fitted: other calibration text may reach them."
-        )
     if report["left_in_float"]:
         lines.append(f"Left in float: {_shortened(list(report['left_in_float']))}.")
-    lines += [f"Note: {note}." for note in report["notes"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *remarks(report), *(f"Note: {note}." for note in report["notes"])])
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What the layers say about the limits of the run, a sentence each, for the summary and the model card."""
+    layers, found = report["layers"], []
+    if report["recipe"].get("scale") is not None:
+        not_folded = sum(layer["fold"] is None for layer in layers)
+        line = f"Smoothing scales help {sum(layer['alpha'] > 0 for layer in layers)} of {len(layers)} layers"
+        found.append(line + (f"; {not_folded} have no place to fold them." if not_folded else "."))
+    if dead := [layer for layer in layers if layer["dead_channels"]]:
+        worst = max(dead, key=lambda layer: layer["dead_channels"])
+        count = "1 layer has" if len(dead) == 1 else f"{len(dead)} layers have"
+        found.append(
+            f"{count} input channels that are zero for every calibration token (most: {worst['name']}, "
+            f"{worst['dead_channels']} of {worst['shape'][1]}). Weights there could not be fitted: other calibration text may reach them."
+        )
+    return found
 
 
 def loss_ratio(layers: list[dict[str, Any]]) -> float:

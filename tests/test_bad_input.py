@@ -117,7 +117,7 @@ def test_a_dead_channel_is_said_and_does_no_harm(model: Path, tiny_config: dict[
     quantized = awq_hf.quantize(model, awq_hf.AwqConfig(**tiny_config))
     dead = {layer.name: layer.dead_channels for layer in quantized.awq_report.layers if layer.dead_channels}
     assert dead == {"model.layers.2.mlp.down_proj": 3}
-    assert "1 layers have input channels that are zero for every calibration token" in quantized.awq_report.summary()
+    assert "1 layer has input channels that are zero for every calibration token" in quantized.awq_report.summary()
     assert not any(layer.loss > layer.loss_plain for layer in quantized.awq_report.layers)
 
 

@@ -54,13 +54,13 @@ ALLOWED = {
     "api": "recipe_file config hf_quantizer compat exporters output to_gguf",
     "push": "api exporters model_cards",
     "exporters": "spec affine kernels.layout kernels.foreign linear matrices freed headers stored skip_list config compat output",
-    "model_cards": "",
+    "model_cards": "headers skip_list evaluation_table exporters.table",
     "inspection": "spec parallel compat kernels.dispatch matrices blocks headers checkpoint calibration folding recipe rounding preflight "
     "report pipeline linear config model_cards",
     "targets": "base_model compat config exporters matrices preflight spec",
     "measure": "base_model spec affine calibration linear compat evaluate machine",
     "demo": "measure api config evaluate output report to_gguf",
-    "cli": "api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure output preflight "
+    "cli": "api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure model_cards output preflight "
     "recipe_file rounding targets to_gguf",
     "__init__": "api compat config evaluate hf_quantizer linear push spec",
 }

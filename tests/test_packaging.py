@@ -90,6 +90,7 @@ def test_every_linked_folder_holds_a_file() -> None:
         link = ROOT / "awq_hf" / name
         assert link.is_symlink() and link.readlink() == Path("..", name)
         assert any(path.is_file() and "__pycache__" not in path.parts for path in (ROOT / name).rglob("*")), f"{name}/ is empty"
+    for name in {*FOLDERS} - {"model_cards"}:  # no other project has a package of that name, and ours has functions
         assert not (ROOT / name / "__init__.py").exists(), "it would be importable as a package of that bare name from here"
 
 
@@ -203,3 +204,9 @@ def test_transformers_works_from_the_repository_root() -> None:
         assert python("-c", code, cwd=ROOT) == "False"
     else:
         python("-c", code, cwd=ROOT)
+
+
+def test_templates_of_model_cards_are_found_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
+    code = "from jinja2 import PackageLoader; print(*PackageLoader('awq_hf.model_cards').list_templates())"
+    names = sorted(path.name for path in (ROOT / "model_cards" / "templates").iterdir())
+    assert python("-c", code, cwd=tmp_path, path=installed).split() == names

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from awq_hf.cli import common
+from awq_hf.cli import card, common
 from awq_hf.cli import evaluate as evaluate_command
 from awq_hf.cli import push as push_command
 from awq_hf.cli import quantize as quantize_command
@@ -98,6 +98,7 @@ def inspect(
 
 
 app.command(epilog=EXAMPLES)(command(export))
+app.command(epilog=card.EXAMPLES)(command(card.card))
 app.command(epilog=push_command.EXAMPLES)(command(push_command.push))
 
 

@@ -1,0 +1,211 @@
+"""What a card says, gathered from the JSON files and headers of a directory. Nothing is computed that was not measured."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json
+
+REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
+ORIGINAL, PLAIN = "original", "plain rounding"  # rows of evaluation.json that describe no file here
+
+
+@dataclass(frozen=True)
+class Base:
+    """The original model. id: on the Hub, None for a local one; metadata: of its card, as in report.json."""
+
+    name: str
+    id: str | None
+    revision: str | None
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of evaluation.json; figures that are missing or not finite are None."""
+
+    name: str
+    files: tuple[str, ...]
+    runtime: str
+    text: str
+    sha256: str
+    tokens: int
+    seq_len: int
+    weights_bytes: int | None
+    bits_per_weight: float | None
+    perplexity: float | None
+    kl: float | None
+    kl_se: float | None
+    kl_99: float | None
+    top1: float | None
+
+    @property
+    def sample(self) -> tuple[str, str, int, int]:
+        """What was read. Only rows of the same sample can be compared."""
+        return self.text, self.sha256, self.tokens, self.seq_len
+
+
+@dataclass(frozen=True)
+class Facts:
+    """directory: as the user called it. where: the repository's id, or the directory's name, which snippets use.
+
+    report: report.json or None; recipe: the text of recipe.yaml or None; rows, date: of evaluation.json; reference_bytes: of the
+    original's weights. chat, tokenizer: whether there is a chat template, a tokenizer.
+    """
+
+    directory: str
+    title: str
+    where: str
+    repo_id: str | None
+    base: Base | None
+    artifacts: list[Artifact]
+    report: dict[str, Any] | None
+    recipe: str | None
+    rows: list[Measured]
+    date: str | None
+    reference_bytes: int | None
+    chat: bool
+    tokenizer: bool
+
+    @property
+    def root(self) -> Artifact | None:
+        return next((artifact for artifact in self.artifacts if artifact.path == ROOT), None)
+
+    @property
+    def class_name(self) -> str | None:
+        return self.root.class_name if self.root else None
+
+    @property
+    def gguf(self) -> list[Artifact]:
+        return [artifact for artifact in self.artifacts if artifact.format == "gguf"]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        return self.report["layers"] if self.report else []
+
+    def row(self, artifact: Artifact) -> Measured | None:
+        return next((row for row in self.rows if artifact.path in row.files or {*artifact.files} & {*row.files}), None)
+
+    def bits_per_weight(self, artifact: Artifact) -> float | None:
+        row = self.row(artifact)
+        return artifact.bits_per_weight if row is None or row.bits_per_weight is None else row.bits_per_weight
+
+
+def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Facts:
+    """Raises ValueError for a directory without a model, for files that cannot be read, and for names that are no Hub ids."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise ValueError(f"{directory} is not a directory; give the one that awq-hf quantize wrote")
+    for option, name in (("repo_id", repo_id), ("base_model", base_model)):
+        if name is not None and not _is_hub_id(name):
+            raise ValueError(f"{option}={name!r} is not the id of a repository; give owner/name")
+    report = _report(path / REPORT)
+    shapes = {layer["name"]: tuple(layer["shape"]) for layer in report["layers"]} if report else {}
+    artifacts = find_artifacts(path, shapes)
+    if not artifacts:
+        raise ValueError(f"{directory} holds no model: neither config.json with safetensors files nor a GGUF file is there")
+    evaluation = read_json(path / EVALUATION) if (path / EVALUATION).is_file() else {}
+    name = repo_id or path.resolve().name
+    return Facts(
+        directory=str(directory),
+        title=name.rpartition("/")[2],
+        where=name,
+        repo_id=repo_id,
+        base=_base(report, base_model),
+        artifacts=artifacts,
+        report=report,
+        recipe=(path / RECIPE).read_text(encoding="utf-8") if (path / RECIPE).is_file() else None,
+        rows=list(_rows(evaluation, path / EVALUATION)),
+        date=evaluation.get("date") or None,
+        reference_bytes=_whole((evaluation.get("reference") or {}).get("weights_bytes")),
+        chat=_has_chat_template(path),
+        tokenizer=any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")),
+    )
+
+
+def missing(facts: Facts) -> list[tuple[str, str]]:
+    """(what a reader would want to know and the card does not say, the command or step that changes this)."""
+    found = []
+    source = facts.base.id if facts.base and facts.base.id else "MODEL"
+    if facts.base is None or facts.base.id is None:
+        found.append(("which model of the Hub this was made from", f"awq-hf card {facts.directory} --base-model OWNER/NAME"))
+    elif not facts.base.metadata.get("license"):
+        found.append(("the licence, which the original's card does not say", "write it into the original's card, or edit README.md"))
+    if facts.report is None:
+        found.append(("what was done to the layers", f"awq-hf quantize {source} OUT"))
+    unmeasured = [artifact.path for artifact in facts.artifacts if facts.row(artifact) is None]
+    if unmeasured:
+        files = ", ".join("the checkpoint" if path == ROOT else path for path in unmeasured)
+        recipe = f"--recipe {facts.directory}/{RECIPE} " if facts.recipe else f"{source} "
+        found.append((f"the quality of {files}", f"awq-hf quantize {recipe}OUT --measure --text FILE"))
+    return found
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if not isinstance(found.get("layers"), list) or not isinstance(found.get("calibration"), dict):
+        raise ValueError(f"{path} has no layers or no calibration, so awq-hf did not write it; remove it, or quantize again")
+    return {"left_in_float": {}, "notes": [], "versions": {}, "machine": {}, "seconds": {}, "recipe": {}, "peak_memory_bytes": {}, **found}
+
+
+def _base(report: dict[str, Any] | None, base_model: str | None) -> Base | None:
+    said = (report or {}).get("base_model") or {}
+    metadata = said.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    name = said.get("name") or None
+    revision = said.get("revision") if isinstance(said.get("revision"), str) else None
+    if base_model is not None:
+        return Base(base_model, base_model, revision if name == base_model and not said.get("local") else None, metadata)
+    if not isinstance(name, str):
+        return None
+    return Base(name, name if not said.get("local", True) and _is_hub_id(name) else None, revision, metadata)
+
+
+def _rows(evaluation: dict[str, Any], path: Path) -> Iterator[Measured]:
+    rows = evaluation.get("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
+        raise ValueError(f"{path}: rows is not a list of objects with a name; measure again, or remove the file")
+    for row in rows:
+        figures: dict[str, Any] = {key: _finite(row.get(key)) for key in ("bits_per_weight", "perplexity", "kl", "kl_se", "kl_99", "top1")}
+        texts: dict[str, Any] = {key: str(row.get(key) or "") for key in ("text", "sha256")}
+        counts: dict[str, Any] = {key: _whole(row.get(key)) or 0 for key in ("tokens", "seq_len")}
+        yield Measured(
+            name=row["name"],
+            files=tuple(str(file).removeprefix("./").rstrip("/") or ROOT for file in row.get("files") or ()),
+            runtime=str(row.get("runtime") or "transformers"),
+            weights_bytes=_whole(row.get("weights_bytes")),
+            **texts,
+            **counts,
+            **figures,
+        )
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _has_chat_template(path: Path) -> bool:
+    config = path / "tokenizer_config.json"
+    return (path / "chat_template.jinja").is_file() or (config.is_file() and bool(read_json(config).get("chat_template")))

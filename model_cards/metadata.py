@@ -1,0 +1,95 @@
+"""The metadata block of a card: what the Hub filters, links and lists by."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from awq_hf.model_cards.artifacts import ROOT
+from awq_hf.model_cards.facts import Facts, Measured
+from awq_hf.model_cards.markdown import one_line
+
+_FORMATS = {"awq", "gguf", "gptq", "safetensors", "pytorch", "transformers", "llama.cpp", "compressed-tensors", "autotrain_compatible"}
+
+
+def card_data(facts: Facts) -> ModelCardData:
+    """Licence, languages and task are the original's, or absent."""
+    base = facts.base
+    inherited = base.metadata if base else {}
+    task = _text(inherited.get("pipeline_tag")) or _task(facts.class_name)
+    results = _results(facts, task or "text-generation")
+    return ModelCardData(
+        base_model=base.id if base else None,
+        base_model_relation="quantized" if base and base.id else None,
+        **_licence(inherited, base.id if base else None),
+        language=_languages(inherited.get("language")),
+        library_name="transformers" if facts.root else "gguf" if facts.gguf else None,
+        pipeline_tag=task,
+        tags=_tags(facts, inherited.get("tags")),
+        eval_results=results or None,
+        model_name=facts.title if results else None,
+    )
+
+
+def _text(value: Any) -> str | None:
+    return (one_line(value) or None) if isinstance(value, str) else None
+
+
+def _licence(inherited: dict[str, Any], base_id: str | None) -> dict[str, Any]:
+    link = _text(inherited.get("license_link"))
+    if link is not None and not re.match(r"https?://", link):  # a file beside the original
+        link = f"https://huggingface.co/{base_id}/blob/main/{quote(link)}" if base_id and re.fullmatch(r"[\w./-]+", link) else None
+    return {"license": _text(inherited.get("license")), "license_name": _text(inherited.get("license_name")), "license_link": link}
+
+
+def _languages(value: Any) -> str | list[str] | None:
+    """YAML 1.1 reads `no`, Norwegian, as false."""
+    given = value if isinstance(value, list) else [value]
+    named = ["no" if item is False else item for item in given]
+    found = [item for item in named if isinstance(item, str) and re.fullmatch(r"[A-Za-z-]{2,20}", item)]
+    return (found if isinstance(value, list) else found[0]) if found else None
+
+
+def _task(class_name: str | None) -> str | None:
+    return "text-generation" if (class_name or "").endswith("ForCausalLM") else None
+
+
+def _tags(facts: Facts, inherited: Any) -> list[str]:
+    formats = [artifact.format for artifact in facts.artifacts if artifact.format != "float"]
+    widths = sorted({bits for artifact in facts.artifacts for bits in artifact.bits})
+    ours = list(dict.fromkeys(["awq"] * (facts.report is not None) + formats + [f"{bits}-bit" for bits in widths]))
+    given = inherited if isinstance(inherited, list) else []
+    others = [tag for tag in given if isinstance(tag, str) and re.fullmatch(r"[\w.+-]{1,50}", tag) and tag.lower() not in _FORMATS]
+    return [*ours, *(tag for tag in dict.fromkeys(others) if tag not in ours and not re.fullmatch(r"\d+-bit", tag))]
+
+
+def _results(facts: Facts, task: str) -> list[EvalResult]:
+    first = {id(row): (row, artifact.path) for artifact in reversed(facts.artifacts) if (row := facts.row(artifact))}
+    return [result for row, path in reversed(first.values()) for result in _of_row(row, path, task)]
+
+
+def _of_row(row: Measured, path: str, task: str) -> list[EvalResult]:
+    what = "" if path == ROOT else f", {path}"
+    figures = (
+        ("perplexity", f"Perplexity{what}", row.perplexity),
+        ("kl_divergence", f"KL divergence to the original in nats{what}", row.kl),
+        ("top1_agreement", f"Same top-1 token as the original{what}", row.top1),
+    )
+    args = {"tokens": row.tokens, "seq_len": row.seq_len}
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="text",
+            dataset_name=one_line(row.text) or "text",
+            dataset_revision=row.sha256 or None,  # texts are told apart by it: the client groups results without regard to names
+            dataset_args=args,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
+        for kind, name, value in figures
+        if value is not None
+    ]
