@@ -85,7 +85,8 @@ def to_gguf(
         )
     if checkpoint.quantization is not None:
         types = plan_types(checkpoint, plan, check_name(type or AUTO), exact)
-        options = _described(options, "The integers of an AWQ checkpoint, repacked by awq-hf")
+        same = exact or (type or AUTO) == AUTO
+        options = _described(options, f"{'The integers of an' if same else 'An'} AWQ checkpoint, repacked by awq-hf")
         return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
     if exact:
         raise ValueError("exact keeps the codes of a quantized checkpoint; this model is float: type F32, F16 or BF16 keeps its weights")

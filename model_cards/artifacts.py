@@ -29,7 +29,8 @@ class Artifact:
 
     path: relative to the directory, as evaluation.json names it; files: of the weights, likewise. format: awq, gptq, compressed-tensors,
     gguf, float, or another's quant_method. bits: widths of the codes. tag: what the Hub, llama.cpp and Ollama call a GGUF file's type,
-    None where its name has no such part. readers: programs. obstacles: why vLLM and SGLang refuse it, in spite of the format.
+    None where its name has no such part. readers: programs. made: how, as a GGUF file says it. obstacles: why vLLM and SGLang refuse it,
+    in spite of the format.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Artifact:
     bits_per_weight: float | None = None
     tag: str | None = None
     readers: tuple[str, ...] = ()
+    made: str | None = None
     obstacles: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -182,9 +184,10 @@ def _gguf_files(directory: Path) -> list[list[Path]]:
 def _gguf(directory: Path, files: list[Path]) -> Artifact:
     from gguf import LlamaFileType  # not above: importing awq_hf does without it
 
-    from awq_hf.model_cards.gguf_header import read_tensors
+    from awq_hf.model_cards.gguf_header import read_header
 
-    tensors = [tensor for path in files for tensor in read_tensors(path)]
+    headers = [read_header(path) for path in files]
+    tensors = [tensor for header in headers for tensor in header.tensors]
     inside: Counter[str] = Counter()  # bytes of the blocks' types, which the file is named for
     for tensor in tensors:
         inside[tensor.kind.name] += tensor.nbytes if tensor.name.startswith("blk.") else 0
@@ -201,4 +204,5 @@ def _gguf(directory: Path, files: list[Path]) -> Artifact:
         bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors) / weights if weights else None,
         tag=tag,
         readers=("llama.cpp", "Ollama"),
+        made=headers[0].description,
     )

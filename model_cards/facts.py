@@ -144,8 +144,7 @@ def missing(facts: Facts) -> list[tuple[str, str]]:
     unmeasured = [artifact.path for artifact in facts.artifacts if facts.row(artifact) is None]
     if unmeasured:
         files = ", ".join("the checkpoint" if path == ROOT else path for path in unmeasured)
-        recipe = f"--recipe {facts.directory}/{RECIPE} " if facts.recipe else f"{source} "
-        found.append((f"the quality of {files}", f"awq-hf quantize {recipe}OUT --measure --text FILE"))
+        found.append((f"the quality of {files}", f"awq-hf eval {facts.directory} --reference {source} --save"))
     return found
 
 

@@ -1,4 +1,6 @@
-"""The tensors that a GGUF file lists, without its vocabulary: gguf's own reader takes tens of seconds for 150,000 tokens.
+"""What a GGUF file says of itself and which tensors it lists, but not its vocabulary.
+
+gguf's own reader takes tens of seconds for one of 150,000 tokens.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -29,29 +31,41 @@ class GgufTensor:
         return self.weights // block * size
 
 
-def read_tensors(path: Path) -> list[GgufTensor]:
+@dataclass(frozen=True)
+class GgufHeader:
+    """description: general.description, how the file was made, or None."""
+
+    tensors: list[GgufTensor]
+    description: str | None
+
+
+def read_header(path: Path) -> GgufHeader:
     """Raises ValueError for what is no GGUF file of version 2 or 3, or breaks off."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] != b"GGUF":
                 raise ValueError("it does not begin with GGUF")
-            return _Header(data).tensors()
+            return _Reader(data).header()
     except (struct.error, ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as GGUF ({error}); is it whole?") from error
 
 
-class _Header:
+class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.place = data, 4
 
-    def tensors(self) -> list[GgufTensor]:
+    def header(self) -> GgufHeader:
         version, count, pairs = self._take("<IQQ")
         if version not in (2, 3):
             raise ValueError(f"version {version} is not 2 or 3")
+        description = None
         for _ in range(pairs):
-            self._string()
-            self._skip(*self._take("<I"))
-        return [self._tensor() for _ in range(count)]
+            key, (kind,) = self._string(), self._take("<I")
+            if key == b"general.description" and kind == _STRING:
+                description = self._string().decode(errors="replace")
+            else:
+                self._skip(kind)
+        return GgufHeader([self._tensor() for _ in range(count)], description)
 
     def _tensor(self) -> GgufTensor:
         name = self._string().decode(errors="replace")

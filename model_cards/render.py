@@ -137,6 +137,7 @@ def _file(facts: Facts, artifact: Artifact) -> dict[str, Any]:
         "kl": kl,
         "audience": _audience(artifact),
         "marks": _marks(facts, artifact),
+        "made": artifact.made and one_line(artifact.made).rstrip("."),
     }
 
 

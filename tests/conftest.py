@@ -185,7 +185,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     from awq_hf import cli
     from awq_hf.cli import common
 
-    monkeypatch.setattr("awq_hf.model_cards.make_card", lambda *_args, **_options: {"README.md": b"a card"}, raising=False)
+    monkeypatch.setattr("awq_hf.model_cards.make_card", lambda *_args, **_options: {"README.md": b"a card"})
 
     def call(*arguments: object) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["awq-hf", *map(str, arguments)])

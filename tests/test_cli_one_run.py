@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import shlex
@@ -51,18 +50,17 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append(("push", model, repo_id, private, base_model, sorted(path.name for path in Path(model).iterdir())))
         return Pushed(f"https://hub/{repo_id}", ["README.md"])
 
-    def find_repository(repo_id: str, *, private: bool | None = None) -> None:
+    def find_repository(repo_id: str, *, private: bool | None = None) -> SimpleNamespace:
         calls.append(("look", repo_id, private))
+        return SimpleNamespace(repo_id=repo_id)
 
     def make_card(directory: Any, repo_id: str | None = None, base_model: str | None = None) -> dict[str, bytes]:
         calls.append(("card", directory, repo_id, base_model))
         return {"README.md": b"card", "images/loss.png": b"plot"}
 
-    monkeypatch.setattr("awq_hf.push_to_hub", push_to_hub, raising=False)
-    monkeypatch.setattr("awq_hf.model_cards.make_card", make_card, raising=False)
-    real = importlib.import_module
-    fake = {"awq_hf.exporters.hub": SimpleNamespace(find_repository=find_repository)}
-    monkeypatch.setattr(quantize_command, "importlib", SimpleNamespace(import_module=lambda name: fake.get(name) or real(name)))
+    monkeypatch.setattr("awq_hf.push_to_hub", push_to_hub)
+    monkeypatch.setattr("awq_hf.model_cards.make_card", make_card)
+    monkeypatch.setattr("awq_hf.exporters.hub.find_repository", find_repository)
     return calls
 
 
@@ -187,8 +185,7 @@ def test_a_repository_that_cannot_be_pushed_to(
     def find_repository(_repo: str, **_options: Any) -> None:
         raise PermissionError("the token only reads; make one that writes")
 
-    fake = SimpleNamespace(find_repository=find_repository)
-    monkeypatch.setattr(quantize_command, "importlib", SimpleNamespace(import_module=lambda _name: fake))
+    monkeypatch.setattr("awq_hf.exporters.hub.find_repository", find_repository)
     assert refused(run("quantize", model, tmp_path / "out", *PLAIN, "--push", "me/model"), "the token only reads")
 
 

@@ -60,8 +60,8 @@ ALLOWED = {
     "targets": "base_model compat config exporters matrices preflight spec",
     "measure": "base_model spec affine calibration linear compat evaluate machine",
     "demo": "measure api config evaluate output report to_gguf",
-    "cli": "api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure model_cards output preflight "
-    "recipe_file rounding targets to_gguf",
+    "cli": "api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure model_cards "
+    "output preflight recipe_file rounding targets to_gguf",
     "__init__": "api compat config evaluate hf_quantizer linear push spec",
 }
 TRANSFORMERS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -32,12 +33,7 @@ def card(
     if readme.exists() and not overwrite and not is_generated(readme.read_text(encoding="utf-8")):
         raise ValueError(f"{readme} was not written by awq-hf card, or somebody edited it since; it is kept: --overwrite replaces it")
     files = write_card(facts)
-    for name, content in files.items():
-        path = directory / name
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+    put(files, directory)
     absent = [{"what": what, "how": how} for what, how in missing(facts)]
     if as_json:
         typer.echo(json.dumps({"path": str(directory), "files": list(files), "missing": absent}))
@@ -45,3 +41,13 @@ def card(
     typer.echo(f"Written to {directory}: {', '.join(files)}")
     for each in absent:
         typer.echo(f"Not in the card: {each['what']}.\n  {each['how']}")
+
+
+def put(files: Mapping[str, bytes], directory: Path) -> None:
+    """Write each whole or not at all. files: what make_card returns."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(content)
+        partial.replace(path)

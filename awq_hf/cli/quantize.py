@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from awq_hf.cli.card import put
 from awq_hf.cli.common import (
     AsJson,
     Bits,
@@ -156,9 +156,7 @@ class _OneRun:
         gc.collect()
         base = report.base_model
         write_recipe(self.out, base, self.config, self.run)
-        if (
-            base["revision"] is not None and not Path(self.model).is_dir()
-        ):  # what follows is of the same commit, whatever happens on the Hub
+        if base["revision"] is not None and not Path(self.model).is_dir():  # what follows is of the same commit, whatever others push
             self.location = {"revision": base["revision"]}
         self.say(report.summary())
         self.say(f"\nWritten to {self.out}; {self.out / 'report.json'} says what happened to every layer.")
@@ -169,6 +167,7 @@ class _OneRun:
     def check(self) -> None:
         """Everything that can be refused, before the work."""
         from awq_hf.api import check_model
+        from awq_hf.exporters.hub import find_repository
         from awq_hf.output import check_output
         from awq_hf.targets import parse_targets, places
 
@@ -182,9 +181,9 @@ class _OneRun:
         self.places = places(self.targets, self.model, self.location, self.config, self.out)
         if self.measured:
             shared_tokenizer([self.original()], None if self.run.text is None else Path(self.run.text))
-        importlib.import_module("awq_hf.model_cards")
         if self.run.push is not None:
-            importlib.import_module("awq_hf.exporters.hub").find_repository(self.run.push, private=self.run.private or None)
+            found = find_repository(self.run.push, private=self.run.private or None)
+            self.run = replace(self.run, push=found.repo_id)  # with its owner
 
     def original(self) -> str:
         """The model as `awq-hf eval` takes it."""
@@ -234,16 +233,17 @@ class _OneRun:
         return measure(self.out, self.model, self.run.text, **options)
 
     def _card(self) -> None:
-        cards: Any = importlib.import_module("awq_hf.model_cards")
-        for path, content in cards.make_card(self.out, repo_id=self.run.push, base_model=self.run.base_model).items():
-            file = self.out / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+        from awq_hf.model_cards import make_card
+
+        put(make_card(self.out, repo_id=self.run.push, base_model=self.run.base_model), self.out)
 
     def _push(self) -> Any:
-        hub: Any = importlib.import_module("awq_hf")
-        options = dict(private=self.run.private or None, base_model=self.run.base_model, progress=not self.as_json)
-        return hub.push_to_hub(self.out, self.run.push, **options)
+        import awq_hf
+
+        assert self.run.push is not None
+        return awq_hf.push_to_hub(
+            self.out, self.run.push, private=self.run.private or None, base_model=self.run.base_model, progress=not self.as_json
+        )
 
     def close(self, report: Any, results: dict[str, Any]) -> None:
         from awq_hf.evaluation_table import rows_of, tables

@@ -33,8 +33,8 @@ def stand_in_card(monkeypatch: pytest.MonkeyPatch) -> None:
         card = f"---\ntags:\n- awq\n---\n# {repo_id}, from {base_model}\n<!-- generated -->\n"
         return {"README.md": card.encode(), "images/loss.png": b"\x89PNG"}
 
-    monkeypatch.setattr(model_cards, "make_card", make_card, raising=False)
-    monkeypatch.setattr(model_cards, "is_generated", lambda text: text.endswith("<!-- generated -->\n"), raising=False)
+    monkeypatch.setattr(model_cards, "make_card", make_card)
+    monkeypatch.setattr(model_cards, "is_generated", lambda text: text.endswith("<!-- generated -->\n"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from awq_hf.model_cards import is_generated, make_card
 from awq_hf.model_cards.artifacts import find_artifacts
 from awq_hf.model_cards.facts import gather, missing
-from awq_hf.model_cards.gguf_header import read_tensors
+from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.render import render
 
@@ -184,6 +184,7 @@ def test_gguf_headers_are_read_as_ggufs_own_reader_does(tmp_path: Path) -> None:
     writer.add_array("key.strings", ["a", "", "ccc"])
     writer.add_array("key.floats", [0.5, 1.0])
     writer.add_array("key.nested", [[1, 2], [3]])
+    writer.add_description("made so")
     writer.add_tensor("blk.0.a.weight", np.zeros((4, 144), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_K)
     writer.add_tensor("output_norm.weight", np.zeros(7, np.float32))
     writer.write_header_to_file()
@@ -191,12 +192,13 @@ def test_gguf_headers_are_read_as_ggufs_own_reader_does(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     expected = [(t.name, t.tensor_type, int(t.n_elements), int(t.n_bytes)) for t in gguf.GGUFReader(path).tensors]
-    assert [(t.name, t.kind, t.weights, t.nbytes) for t in read_tensors(path)] == expected and len(expected) == 2
+    assert [(t.name, t.kind, t.weights, t.nbytes) for t in read_header(path).tensors] == expected and len(expected) == 2
+    assert read_header(path).description == "made so"
     whole = path.read_bytes()
     for end in range(0, whole.index(b"output_norm") + 30, 7):
         path.write_bytes(whole[:end])
         with pytest.raises(ValueError, match=r"x\.gguf cannot be read as GGUF"):
-            read_tensors(path)
+            read_header(path)
 
 
 def test_same_facts_same_bytes(full: Path) -> None:
@@ -242,4 +244,7 @@ def test_missing_facts_come_with_what_to_do(full: Path, foreign: Path) -> None:
     ]  # fmt: skip
     write_json(full / "evaluation.json", evaluation(row("awq-hf", ["."], 0.01, 23.0, 0.9)))
     ((what, how),) = missing(gather(full))
-    assert what == "the quality of compressed-tensors, Tiny-Q6_K.gguf, Tiny-Q4_K_M.gguf" and "--recipe" in how
+    assert (
+        what == "the quality of compressed-tensors, Tiny-Q6_K.gguf, Tiny-Q4_K_M.gguf"
+        and how == f"awq-hf eval {full} --reference acme/Llama-2-Tiny --save"
+    )
