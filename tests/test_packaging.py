@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from awq_hf.model_cards import is_generated
+from tests.hub.fixtures import environment
+from tests.hub.server import Hub
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "exporters", "model_cards")  # beside awq_hf, and linked into it
 REGISTER = ("awq_hf/cli/optimum_register/", "optimum/commands/register/")  # in the repository, in the wheel
@@ -150,8 +154,11 @@ def test_installed_it_finds_its_modules_and_data(installed: Path, tmp_path: Path
     assert python("-c", code, installed, cwd=tmp_path, path=installed).split() == ["True", "True", metadata.version("awq-hf")]
 
 
-def test_its_programs_run_in_an_environment_of_their_own(wheel: Path, tmp_path: Path) -> None:
-    """Which has what awq-hf needs from the environment of the tests, but not the repository: a link to that does not count there."""
+def test_its_programs_run_in_an_environment_of_their_own(wheel: Path, tmp_path: Path, hub: Hub) -> None:
+    """From a model's directory to a repository with card, AWQ and GGUF by one command.
+
+    The environment has what awq-hf needs from that of the tests, but not the repository: a link to that does not count there.
+    """
     python("-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     scripts = tmp_path / "venv" / Path(sysconfig.get_path("scripts")).name
     interpreter = scripts / Path(sys.executable).name
@@ -160,15 +167,26 @@ def test_its_programs_run_in_an_environment_of_their_own(wheel: Path, tmp_path: 
     python("-m", "pip", "--python", interpreter, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=tmp_path)
 
     def run(*command: object) -> str:
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment(hub, tmp_path / "home")
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     assert "{export,env,awq}" in run(interpreter, "-m", "optimum.commands.optimum_cli", "--help")
     model = Path(sysconfig.get_path("purelib", vars=paths), "awq_hf/data/demo/model")
-    run(scripts / "awq-hf", "quantize", model, "out", "--samples", 2, "--seq-len", 32, "--rounding", "nearest")
-    assert (tmp_path / "out/model.safetensors").is_file()
+    options = ("--samples", 2, "--seq-len", 32, "--rounding", "nearest", "--export", "gguf", "--no-measure")
+    run(scripts / "awq-hf", "quantize", model, "out", *options, "--push", "me/model-AWQ")
+    there = hub.repos["me/model-AWQ"].files()
+    assert there["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "report.json",
+        "recipe.yaml",
+        "model-AWQ-Q4_K_S.gguf",
+        "images/loss-per-layer.png",
+    } <= there.keys()
+    assert is_generated(there["README.md"].decode()) and b"llama-cli -hf me/model-AWQ:Q4_K_S" in there["README.md"]
 
 
 def test_an_editable_install_registers_the_commands_of_optimum(checkout: Path, tmp_path: Path) -> None:

@@ -41,7 +41,13 @@ def test_from_the_hub_to_the_hub(hub: Hub, base: str, run: Callable[..., Any], t
     there = hub.repos["me/tiny-AWQ"].files()
     local = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert there == {".gitattributes": b"", **local}
-    assert {"tiny-AWQ-Q4_K_S.gguf", "compressed-tensors/model.safetensors", "README.md", "images/loss-per-layer.png", "recipe.yaml"} <= there.keys()
+    assert {
+        "tiny-AWQ-Q4_K_S.gguf",
+        "compressed-tensors/model.safetensors",
+        "README.md",
+        "images/loss-per-layer.png",
+        "recipe.yaml",
+    } <= there.keys()
 
     fresh_cache(monkeypatch, tmp_path / "elsewhere")
     prompt = AutoTokenizer.from_pretrained("me/tiny-AWQ")("The state of our Union", return_tensors="pt")
