@@ -81,10 +81,12 @@ def _megabytes(size: int | None) -> str:
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:
-    """Both with the decimals that show two digits of the error, or in powers of ten where those are many."""
+    """Both with the decimals that show two digits of the error, one where those are many, or in powers of ten."""
     if not error:
         return f"{value:{sign}.3g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals == 6:
+        decimals = 5
     if decimals > 5:
         return f"{value:{sign}.2e} ± {error:.0e}"
     return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"

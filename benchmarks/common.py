@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from awq_hf import AwqConfig, demo
 from awq_hf.evaluate import Evaluation, evaluate
+from awq_hf.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,15 +70,7 @@ def quiet() -> None:
 def machine() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("awq-hf", "torch", "transformers")}
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    return {"processor": _processor(), "threads": torch.get_num_threads(), **gpu, "python": platform.python_version(), **versions}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    )
-    return names[0] if names else platform.processor()
+    return {"processor": processor(), "threads": torch.get_num_threads(), **gpu, "python": platform.python_version(), **versions}
 
 
 def publish(name: str, title: str, rows: list[dict[str, Any]]) -> None:

@@ -307,7 +307,12 @@ def _starred(name: str) -> str:
 
 def _machine(machine: dict[str, Any]) -> str | None:
     threads = machine.get("threads")
-    parts = [machine.get("device"), machine.get("platform"), f"{threads} thread{'s' * (threads != 1)}" if threads else None]
+    parts = [
+        machine.get("device"),
+        machine.get("processor"),
+        machine.get("platform"),
+        f"{threads} thread{'s' * (threads != 1)}" if threads else None,
+    ]
     return ", ".join(str(part) for part in parts if part) or None
 
 

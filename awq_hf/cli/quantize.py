@@ -234,8 +234,11 @@ class _OneRun:
 
     def _card(self) -> None:
         from awq_hf.model_cards import make_card
+        from awq_hf.model_cards.facts import gather, missing
 
         put(make_card(self.out, repo_id=self.run.push, base_model=self.run.base_model), self.out)
+        for what, how in missing(gather(self.out, self.run.push, self.run.base_model)):
+            self.say(f"Not in the card: {what}.\n  {how}")
 
     def _push(self) -> Any:
         import awq_hf
@@ -262,8 +265,4 @@ class _OneRun:
         if "push" in results:
             self.say(f"Pushed to {results['push'].url}")
         else:
-            self.say(
-                f"Next:\n\n  {command_line('push', self.out, 'OWNER/NAME')}"
-                if self.measured
-                else f"Next, measure it:\n\n  {command_line('eval', self.out, reference=self.original(), save=True)}"
-            )
+            self.say(f"Next:\n\n  {command_line('push', self.out, 'OWNER/NAME')}")

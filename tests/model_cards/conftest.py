@@ -59,9 +59,11 @@ def write_compressed_tensors(path: Path) -> None:
     save_file(tensors, path / "model.safetensors")
 
 
-def write_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> None:
+def write_gguf(path: Path, kind: gguf.GGMLQuantizationType, made: str | None = None) -> None:
     size, nbytes = gguf.GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(path, "llama")
+    if made is not None:
+        writer.add_description(made)
     for block in range(BLOCKS):
         writer.add_tensor(f"blk.{block}.attn_q.weight", np.zeros((HIDDEN, HIDDEN // size * nbytes), np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
@@ -132,7 +134,7 @@ def full(tmp_path: Path) -> Path:
     path = tmp_path / "Tiny-AWQ"
     write_checkpoint(path, awq())
     write_compressed_tensors(path / "compressed-tensors")
-    write_gguf(path / "Tiny-Q4_K_M.gguf", gguf.GGMLQuantizationType.Q4_K)
+    write_gguf(path / "Tiny-Q4_K_M.gguf", gguf.GGMLQuantizationType.Q4_K, "Quantized from *float* weights.")
     write_gguf(path / "Tiny-Q6_K.gguf", gguf.GGMLQuantizationType.Q6_K)
     write_json(path / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
     write_json(path / "report.json", report(notes=["only 60 of 64 windows were found"]))
