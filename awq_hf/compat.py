@@ -8,19 +8,28 @@ import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
 
 METHOD = "awq"
+PACKED = ("qweight", "qzeros", "scales")
 _originals: tuple[Any, Any] | None = None
 
 progress_bar = logging.tqdm  # follows transformers' own switch for progress bars
@@ -60,25 +69,122 @@ def forget_after_saving(model: Any) -> None:
     model.__dict__.pop("save_pretrained", None)
 
 
-Resolve = Callable[[str, Mapping[str, Any]], tuple[str, str | None]]
+class Conversion(NamedTuple):
+    """What the loader does to a tensor on its way. operations: in transformers' words; parts: the names, with * for the expert's number,
+    of matrices that it puts on top of each other; part: which of them the tensor is. parts is empty unless the operations do just that.
+    """
+
+    operations: str
+    parts: tuple[str, ...]
+    part: int
+
+    @classmethod
+    def of(cls, converter: WeightConverter, part: int) -> Conversion:
+        return cls(repr(converter.operations), _stacked(converter), part)
+
+
+_STACKS = ((MergeModulelist, 0), (Concatenate, 1))  # [out, in] of every expert -> [experts, out, in] -> the parts' outputs joined
+
+
+def _stacked(converter: WeightConverter) -> tuple[str, ...]:
+    sources, targets = converter._original_source_patterns, converter._original_target_patterns
+    done = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    joins = done == [*_STACKS[: 1 if len(sources) == 1 else 2]] and len(targets) == 1
+    return tuple(sources) if joins and all(source.endswith(".weight") and source.count("*") == 1 for source in sources) else ()
+
+
+def packed_conversions(conversions: Iterable[Any]) -> list[Any]:
+    """For each conversion that fuses experts, what does the same with their qweight, qzeros and scales, whose outputs come last.
+
+    They belong behind the others: reverted, they come first, and leave names that the others would match as well.
+    """
+    found = []
+    for converter in conversions:
+        if isinstance(converter, WeightConverter) and (sources := _stacked(converter)):
+            (target,) = converter._original_target_patterns
+            operations = [MergeModulelist(dim=0), Concatenate(dim=2)][: 1 if len(sources) == 1 else 2]
+            for part in PACKED:
+                renamed = [f"{source.removesuffix('.weight')}.{part}" for source in sources]
+                found.append(converter.copy(renamed, [f"{target}.{part}"], operations=list(operations)))
+    return found
+
+
+def save_packed_experts(model: Any) -> None:
+    """Have the experts of a model that was just quantized saved under the names that they have one by one."""
+    conversions = _conversions(model)
+    model._weight_conversions = [*conversions, *packed_conversions(conversions)]
+
+
+def save_float_experts(model: Any) -> None:
+    """The inverse: of a model that was dequantized."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        packed = [conversion for conversion in used if _is_packed(conversion)]
+        fusing = [conversion for conversion in get_model_conversion_mapping(model, add_legacy=False) if _is_fusing(conversion)]
+        kept = [conversion for conversion in used if not _is_packed(conversion) and not _is_fusing(conversion)]
+        model._weight_conversions = kept + (fusing if packed else [conversion for conversion in used if _is_fusing(conversion)])
+
+
+def _is_packed(conversion: Any) -> bool:
+    return any(pattern.endswith(tuple(f".{part}" for part in PACKED)) for pattern in conversion._original_target_patterns)
+
+
+def _is_fusing(conversion: Any) -> bool:
+    return isinstance(conversion, WeightConverter) and bool(_stacked(conversion))
+
+
+def _conversions(model: Any) -> list[Any]:
+    """What saving reverts: the conversions that loading used, or those that it would."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return list(used)
+    return [conversion for conversion in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(conversion, PrefixChange)]
+
+
+def expert_parts(model: Any, module: str) -> dict[str, tuple[str, ...]]:
+    """The matrices that transformers fuses into the parameters of `module`, a module of experts: parameter -> the last parts of their
+    names ("gate_proj", "up_proj"), in order. A parameter that checkpoints hold as it is is left out.
+    """
+    resolve, known = resolver(model), model.state_dict()
+    found: dict[str, tuple[str, ...]] = {}
+    for conversion in get_model_conversion_mapping(model):
+        for source in _stacked(conversion) if isinstance(conversion, WeightConverter) else ():
+            leaf = source.rpartition("*.")[2].removesuffix(".weight").replace("\\", "")
+            name, how = resolve(f"{module}.0.{leaf}.weight", known)
+            if how is not None and how.parts and name in known and name.rpartition(".")[0] == module:
+                found[name.rpartition(".")[2]] = tuple(each.rpartition("*.")[2].removesuffix(".weight") for each in how.parts)
+    return found
+
+
+def name_on_disk(model: Any, name: str) -> str:
+    """The name that a tensor, which no operation changes, is saved under."""
+    for conversion in reversed(_conversions(model)):
+        if isinstance(conversion, WeightRenaming):
+            name, _ = conversion.reverse_transform().rename_source_key(name)
+    return name
+
+
+Resolve = Callable[[str, Mapping[str, Any]], tuple[str, Conversion | None]]
 
 
 def resolver(model: Any) -> Resolve:
-    """resolve(name in a checkpoint, parameters of the model by name) -> (the model's name, what converts it on the way).
+    """resolve(name in a checkpoint, parameters of the model by name) -> (the model's name, what converts it on the way, or None).
 
-    The second is None, or the operations of transformers' that fuse or split such tensors. This is the loader's own renaming: the
-    architecture's patterns, and the base model's prefix added or dropped; only a key_mapping given to from_pretrained is not seen.
+    This is the loader's own renaming: the architecture's patterns, and the base model's prefix added or dropped; only a key_mapping
+    given to from_pretrained is not seen.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    operations = {pattern: repr(converter.operations) for converter in converters for pattern in converter.source_patterns}
+    conversions = {
+        pattern: Conversion.of(converter, part) for converter in converters for part, pattern in enumerate(converter.source_patterns)
+    }
 
-    def resolve(name: str, known: Mapping[str, Any]) -> tuple[str, str | None]:
+    def resolve(name: str, known: Mapping[str, Any]) -> tuple[str, Conversion | None]:
         found, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if found not in known and name in known:
             found, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
-        return found, None if pattern is None else operations[pattern]
+        return found, None if pattern is None else conversions[pattern]
 
     return resolve
 

@@ -91,6 +91,11 @@ class AwqHfQuantizer(HfQuantizer):
         self.quantization_config.describe(model.get_submodule(name).spec for name in self.loading.layouts)
         self.loading = None
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return [*conversions, *compat.packed_conversions(conversions)] if self.pre_quantized else conversions
+
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # The base class takes config.dtype, which is a name after saving, and not the model's when it was cast in memory.
         return super().dequantize(model, dtype=dtype or model.get_input_embeddings().weight.dtype)
@@ -101,6 +106,7 @@ class AwqHfQuantizer(HfQuantizer):
                 raise ValueError(f"{name} divides its outputs by scales of its own, which a plain {type(model).__name__} has no place for")
         make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
         compat.forget_after_saving(model)
+        compat.save_float_experts(model)
         return model
 
     @property
