@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from awq_hf.experts import holds_experts
 from awq_hf.matrices import is_matrix
 
 
@@ -24,6 +25,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def matrices_of(block: nn.Module) -> dict[str, nn.Module]:
     """The matrices of a block (see awq_hf.matrices), by their name in it."""
     return {name: module for name, module in block.named_modules() if is_matrix(module)}
+
+
+def experts_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block that hold the matrices of experts, by their name in it."""
+    return {name: module for name, module in block.named_modules() if holds_experts(module)}
+
+
+def routers_of(block: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a block that are no matrices (see awq_hf.matrices) but multiply by a weight [out, in]: routers."""
+    found = {name: module for name, module in block.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter)}
+    return {name: module for name, module in found.items() if module.weight.ndim == 2 and not is_matrix(module)}
 
 
 def block_signature(block: nn.Module) -> tuple[Any, ...]:

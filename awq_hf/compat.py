@@ -141,27 +141,39 @@ def _conversions(model: Any) -> list[Any]:
     return [conversion for conversion in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(conversion, PrefixChange)]
 
 
-def expert_parts(model: Any, module: str) -> dict[str, tuple[str, ...]]:
-    """The matrices that transformers fuses into the parameters of `module`, a module of experts: parameter -> the last parts of their
-    names ("gate_proj", "up_proj"), in order. A parameter that checkpoints hold as it is is left out.
+def expert_parts(model: Any, modules: Iterable[str]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """For modules of experts: parameter -> the last parts of the names of the matrices that the loader fuses into it ("gate_proj",
+    "up_proj"), in order. A parameter that checkpoints hold as it is is left out.
     """
     resolve, known = resolver(model), model.state_dict()
-    found: dict[str, tuple[str, ...]] = {}
-    for conversion in get_model_conversion_mapping(model):
-        for source in _stacked(conversion) if isinstance(conversion, WeightConverter) else ():
-            leaf = source.rpartition("*.")[2].removesuffix(".weight").replace("\\", "")
-            name, how = resolve(f"{module}.0.{leaf}.weight", known)
-            if how is not None and how.parts and name in known and name.rpartition(".")[0] == module:
-                found[name.rpartition(".")[2]] = tuple(each.rpartition("*.")[2].removesuffix(".weight") for each in how.parts)
+    stacked = [_stacked(conversion) for conversion in get_model_conversion_mapping(model) if isinstance(conversion, WeightConverter)]
+    found: dict[str, dict[str, tuple[str, ...]]] = {module: {} for module in modules}
+    for module, parameters in found.items():
+        for leaves in {tuple(map(last_parts, sources)) for sources in stacked if sources}:
+            name, conversion = resolve(f"{module}.0.{leaves[0]}.weight", known)
+            if conversion is not None and tuple(map(last_parts, conversion.parts)) == leaves and name.rpartition(".")[0] == module:
+                parameters[name.rpartition(".")[2]] = leaves
     return found
 
 
+def last_parts(pattern: str) -> str:
+    """What is behind the expert's number in a matrix's name."""
+    return pattern.rpartition("*.")[2].removesuffix(".weight")
+
+
 def name_on_disk(model: Any, name: str) -> str:
-    """The name that a tensor, which no operation changes, is saved under."""
+    """The name that a module is saved under which no operation changes."""
     for conversion in reversed(_conversions(model)):
         if isinstance(conversion, WeightRenaming):
-            name, _ = conversion.reverse_transform().rename_source_key(name)
+            name, _ = conversion.reverse_transform().rename_source_key(f"{name}.weight")
+            name = name.removesuffix(".weight")
     return name
+
+
+def quantized_on_disk(model: Any) -> list[str]:
+    """The names that quantized modules are saved under."""
+    names = {name: torch.empty(1, 1, 2, device="meta") for name in model.state_dict() if name.endswith(".qweight")}
+    return [name.removesuffix(".qweight") for name in revert_weight_conversion(model, names)]
 
 
 Resolve = Callable[[str, Mapping[str, Any]], tuple[str, Conversion | None]]

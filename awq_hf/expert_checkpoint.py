@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq_hf.compat import Conversion
-from awq_hf.experts import FUSED, AwqExperts, ExpertWeights, reason_against
+from awq_hf.compat import Conversion, last_parts
+from awq_hf.experts import FUSED, AwqExperts, ExpertWeights, joins_words, reason_against
 from awq_hf.headers import Headers
 from awq_hf.kernels.layout import GEMM, WIDE
 from awq_hf.spec import QuantSpec
@@ -18,11 +18,6 @@ from awq_hf.stored import DTYPES, Stored
 
 SpecOf = Callable[[str], QuantSpec]
 Layouts = dict[str, str]
-
-
-def joins_words(out_features: int, bits: int) -> bool:
-    """Whether packed rows of `out_features` codes fill their words, so that another matrix's can follow."""
-    return out_features * bits % 32 == 0
 
 
 @dataclass
@@ -110,7 +105,7 @@ class ExpertTensors:
 
 def _leaf(conversion: Conversion, part: int) -> str:
     """The last parts of a matrix's name, behind the expert's number."""
-    return conversion.parts[part].rpartition("*.")[2].removesuffix(".weight")
+    return last_parts(conversion.parts[part])
 
 
 def _depth(name: str) -> int:

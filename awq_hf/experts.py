@@ -44,10 +44,14 @@ class ExpertWeights(PackedModule):
     @classmethod
     def from_quantized(cls, weights: Sequence[QuantizedWeight]) -> ExpertWeights:
         """Pack one weight [out, in] for each expert, all of one spec."""
-        (out_features, in_features), spec = weights[0].shape, weights[0].spec
+        return cls.from_packed([pack_weight(weight) for weight in weights], weights[0].spec)
+
+    @classmethod
+    def from_packed(cls, weights: Sequence[dict[str, Tensor]], spec: QuantSpec) -> ExpertWeights:
+        """The same of what `linear.pack_weight` made of each."""
+        in_features, out_features = len(weights[0]["qweight"]), weights[0]["scales"].shape[1]
         self = cls(len(weights), in_features, out_features, spec, device="meta")
-        parts = [pack_weight(weight).values() for weight in weights]
-        self._hold(CANONICAL, [torch.stack(part) for part in zip(*parts, strict=True)])
+        self._hold(CANONICAL, [torch.stack([weight[part] for weight in weights]) for part in CANONICAL.parts])
         return self
 
     def to_quantized(self, expert: int) -> QuantizedWeight:
@@ -114,6 +118,11 @@ def _without_parameters(module: nn.Module) -> Any:
     bare = copy.copy(module)
     bare._parameters = dict.fromkeys(module._parameters)
     return bare
+
+
+def joins_words(out_features: int, bits: int) -> bool:
+    """Whether packed rows of `out_features` codes fill their words, so that another matrix's can follow."""
+    return out_features * bits % 32 == 0
 
 
 # Which modules AwqExperts can stand in for

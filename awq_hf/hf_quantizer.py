@@ -15,6 +15,7 @@ from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
+from awq_hf.experts import AwqExperts
 from awq_hf.exporters.dense import make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
@@ -76,8 +77,11 @@ class AwqHfQuantizer(HfQuantizer):
         assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
         report = quantize_model(model, self.recipe, self.windows, compat.progress_bar)
-        quantized = [layer.name for layer in report.layers]
-        entries = skip_list(report.left_in_float, quantized)
+        quantized, left = [layer.name for layer in report.layers], list(report.left_in_float)
+        if any(isinstance(module, AwqExperts) for module in model.modules()):
+            compat.save_packed_experts(model)
+            quantized, left = quantized + compat.quantized_on_disk(model), left + [compat.name_on_disk(model, name) for name in left]
+        entries = skip_list(left, quantized)
         self.quantization_config.modules_to_not_convert = entries or None
         report.notes += caveats(entries, report.left_in_float, quantized)
         model.awq_report = report

@@ -54,7 +54,7 @@ def find_modules(checkpoint: Checkpoint) -> Modules:
     taken = set(quantized.values())
     in_float = [name for name, module in modules.items() if name not in taken | fused and _holds_a_matrix(name, module)]
     transposed = frozenset(owner for owner, name in quantized.items() if _kind(modules.get(name)) is compat.Conv1D)
-    return Modules(quantized, in_float, stored, transposed, fused != {""})
+    return Modules(quantized, in_float, stored, transposed, bool(fused - {""}))
 
 
 def _empty(checkpoint: Checkpoint) -> Any:
