@@ -15,7 +15,7 @@ from awq_hf.calibration.data import Batch
 from awq_hf.calibration.paused import PausedForwards
 from awq_hf.calibration.stats import Moments
 from awq_hf.calibration.stream import Call, capture_inputs
-from awq_hf.expert_block import ExpertsWork, Specs, Tokens
+from awq_hf.expert_block import ExpertsWork, Specs, Tokens, same_routes
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, reading_parameter, representable_scales, weight_of
 from awq_hf.folding.probe import verify
@@ -288,10 +288,13 @@ class BlockWork:
 
         call: one on which the block must compute the same before and after.
         """
-        expected = self.block(*call[0], **call[1])
+        routes: dict[str, Any] = {}
+        with same_routes(self.block, self.experts, routes):
+            expected = self.block(*call[0], **call[1])
         self._put_in_place()
         try:
-            packed = self.block(*call[0], **call[1])
+            with same_routes(self.block, self.experts, routes):
+                packed = self.block(*call[0], **call[1])
         except Exception as error:
             raise ValueError(f"{self.name} does not run with quantized layers: {type(error).__name__}: {error}") from error
         for a, b in zip(*(filter(torch.is_tensor, tree_flatten(output)[0]) for output in (packed, expected)), strict=True):

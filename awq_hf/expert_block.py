@@ -6,7 +6,8 @@ n < k, its moments are n / k of its own and the rest those of all tokens of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class ExpertsWork:
             plain = fake_quantize(weight, choose_grid(weight, self.specs[FUSED[1]]))
             judged[FUSED[1]].append(self._round(FUSED[1], expert, self.down, [(weight, plain)], train, held))
             for parameter, columns in zip(FUSED, (self.gate_up.shape[2], self.down.shape[2]), strict=True):
-                few[parameter] += [count] if count < columns else []
+                few[parameter] += [expert] if count < columns else []
         return [
             self._report(FUSED[0], judged[FUSED[0]], statistics.share, few[FUSED[0]], choice, fold),
             self._report(FUSED[1], judged[FUSED[1]], statistics.share, few[FUSED[1]], None, None),
@@ -186,3 +187,25 @@ def _filled(own: Statistic, spare: Callable[[], Statistic], channels: int) -> St
         train = train.mixed(all_train, train.tokens / channels)
         held = held.mixed(all_held if all_held.tokens else all_train, held.tokens / enough)
     return train, held
+
+
+@contextmanager
+def same_routes(block: nn.Module, names: Iterable[str], routes: dict[str, Any]) -> Iterator[None]:
+    """Have modules of experts take the tokens' experts from `routes`, which keeps those of the first call: where two experts are as good
+    as equal to a router, rounding decides, and tells nothing of the experts."""
+
+    def hook_for(name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not args:
+                return None
+            chosen, options = routes.setdefault(name, (args[1:], kwargs))
+            return (args[0], *chosen), options
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     if misfits:
         shapes = {name: shape_of(model.get_submodule(name)) for name in plan.specs}
         shapes |= {f"{name}.{part}": shape for name in plan.experts for part, shape in expert_shapes(model.get_submodule(name)).items()}
-        raise ValueError(_refusal(misfits, shapes, recipe.spec))
+        raise ValueError(_refusal(misfits, shapes, recipe.spec, plan.experts))
     _check_overrides(recipe, [*plan.specs, *plan.left_in_float, *_expert_names(model, plan)])
     return plan
 
@@ -157,9 +157,11 @@ def _nothing_to_quantize(model: nn.Module, left: dict[str, str]) -> str:
     return f"{type(model).__name__} has no Linear to quantize in its blocks: {', '.join(reasons)}"
 
 
-def _refusal(misfits: dict[str, str], shapes: dict[str, tuple[int, int]], spec: QuantSpec) -> str:
+def _refusal(misfits: dict[str, str], shapes: dict[str, tuple[int, int]], spec: QuantSpec, experts: Collection[str]) -> str:
     works = [g for g in GROUP_SIZES if all(QuantSpec(spec.bits, g).divides(columns) for _, columns in shapes.values())]
-    leave = sorted({_shortest_pattern(name, shapes.keys() - misfits.keys()) for name in misfits})
+    whole = lambda name: module if (module := name.rpartition(".")[0]) in experts else name  # noqa: E731  (experts stay float together)
+    leaving = {*map(whole, misfits)}
+    leave = sorted({_shortest_pattern(name, [other for other in shapes if whole(other) not in leaving]) for name in leaving})
     return (
         f"{len(misfits)} layers do not fit bits={spec.bits}, group_size={spec.group_size}:\n"
         + "\n".join(f"  {name}: {reason}" for name, reason in list(misfits.items())[:8])
