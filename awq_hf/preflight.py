@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from awq_hf import compat, representable
-from awq_hf.blocks import experts_of, find_blocks, matrices_of
+from awq_hf.blocks import experts_of, find_blocks, linear_routers, matrices_of
 from awq_hf.experts import FUSED, joins_words, reason_against
 from awq_hf.kernels.layout import column_multiple
 from awq_hf.matrices import is_matrix, shape_of
@@ -20,6 +20,7 @@ from awq_hf.spec import GROUP_SIZES, QuantSpec
 
 OUTSIDE = "outside the decoder's blocks"
 SKIPPED = "modules_to_not_convert"
+ROUTER = "it chooses experts"
 SMALL = 0.01  # of a block's weights: what does not fit and is no more than this is not worth refusing the model for
 
 
@@ -63,11 +64,14 @@ def sort_out(model: nn.Module, recipe: Recipe) -> tuple[Plan, dict[str, str]]:
     for index, block in enumerate(blocks):
         inside = {f"{prefix}.{index}.{name}": shape_of(module) for name, module in matrices_of(block).items()}
         weights = sum(rows * columns for rows, columns in inside.values())
+        routers = {f"{prefix}.{index}.{name}" for name in linear_routers(block)}
         for name, shape in inside.items():
             spec = recipe.spec_for(name)
             misfit = None if spec is None else _misfit(*shape, spec, recipe)
             if spec is None:
                 left[name] = SKIPPED
+            elif name in routers:
+                left[name] = ROUTER
             elif misfit and shape[0] * shape[1] <= SMALL * weights:
                 left[name] = f"small, and {misfit}"
             elif misfit:

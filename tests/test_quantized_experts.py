@@ -216,6 +216,27 @@ def test_experts_of_another_kind_stay_float(random_model: Callable[..., Any], en
     assert why == "checkpoints of this architecture hold experts in one tensor, and AWQ's format one by one"
 
 
+@pytest.mark.parametrize(
+    ("config", "router", "why"),
+    [
+        (transformers.HunYuanMoEV1Config(**{**QWEN, "intermediate_size": 32, "num_experts": 8}, head_dim=16, moe_topk=2),
+         "mlp.gate.wg", "it chooses experts"),
+        (transformers.PhimoeConfig(**{**SIZES, "intermediate_size": 32}, num_local_experts=8),
+         "mlp.router", "PhimoeTopKRouter is not a plain Linear"),
+    ],
+)  # fmt: skip
+def test_routers_that_are_linears_stay_float(
+    config: Any, router: str, why: str, random_model: Callable[..., Any], enough: list[Tensor], prompt: Tensor, tmp_path: Path
+) -> None:
+    model = awq_hf.quantize(random_model(config), config_for(enough))
+    assert model.awq_report.left_in_float[f"model.layers.0.{router}"] == why
+    fold = {layer.name: layer.fold for layer in model.awq_report.layers}["model.layers.0.mlp.experts.gate_up_proj"]
+    assert fold == "post_attention_layernorm"
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(prompt).logits, model(prompt).logits)
+
+
 def test_overrides_for_experts(random_model: Callable[..., Any], enough: list[Tensor], tmp_path: Path, prompt: Tensor) -> None:
     config = config_for(enough, overrides={"experts": {"bits": 8}})
     model = awq_hf.quantize(random_model(MODELS["mixtral"]()), config)

@@ -55,24 +55,25 @@ class BlockProbe:
         run, handles = _Run(), []
 
         def on_input(name: str):  # type: ignore[no-untyped-def]
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = [*args, *kwargs.values()][0]
                 run.order.append(f"> {name}")
-                run.raw_inputs[name] = args[0]
-                run.inputs[name] = args[0].reshape(-1, args[0].shape[-1])
+                run.raw_inputs[name] = x
+                run.inputs[name] = x.reshape(-1, x.shape[-1])
 
             return hook
 
         def on_output(name: str):  # type: ignore[no-untyped-def]
             def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
                 run.order.append(name)
-                if exponents is not None and name in exponents:
+                if exponents is not None and name in exponents and isinstance(output, Tensor):  # a router may give several
                     return output * torch.exp2(exponents[name].to(output))
                 return None
 
             return hook
 
         for name in self.linears:
-            handles.append(self.block.get_submodule(name).register_forward_pre_hook(on_input(name)))
+            handles.append(self.block.get_submodule(name).register_forward_pre_hook(on_input(name), with_kwargs=True))
         for name in self.producers:
             handles.append(self.block.get_submodule(name).register_forward_hook(on_output(name)))
         try:
