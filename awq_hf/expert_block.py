@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from awq_hf.affine import choose_grid, fake_quantize, to_quantized_weight
 from awq_hf.calibration.data import HELD_OUT
 from awq_hf.calibration.stats import Moments
-from awq_hf.experts import FUSED, AwqExperts, ExpertWeights
+from awq_hf.experts import FUSED, AwqExperts, ExpertWeights, gate_is_linear_in_up
 from awq_hf.layer import Judged, judge, round_together
 from awq_hf.linear import pack_weight
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.spec import QuantizedWeight, QuantSpec
-from awq_hf.transforms.awq_scale import Consumer, ScaleChoice, nearest
+from awq_hf.transforms.awq_scale import Consumer, ScaleChoice, nearest, search_scales
 
 JUDGED_ROWS = 8192  # of all experts' gate and up together, that smoothing scales are chosen by
 SPARE_TOKENS = 4  # times an expert's input channels: as many of the layer's tokens stand in for those that did not reach it
@@ -48,7 +48,8 @@ class ExpertsWork:
     """The experts module `name` of a block. packed: the result, parameter -> packed tensors of each expert."""
 
     def __init__(self, block: str, name: str, module: nn.Module, specs: Specs, recipe: Recipe, report: Report) -> None:
-        self.name, self.module, self.recipe, self.report = f"{block}.{name}", module, recipe, report
+        self.inside, self.name, self.module, self.recipe, self.report = name, f"{block}.{name}", module, recipe, report
+        self.folds_into_up = recipe.scale is not None and gate_is_linear_in_up(module)
         self.specs = dict(zip(FUSED, specs, strict=True))
         self.gate_up, self.down = (module.get_parameter(parameter).data for parameter in FUSED)
         self.packed: dict[str, list[dict[str, Tensor]]] = {parameter: [] for parameter in FUSED}
@@ -59,33 +60,58 @@ class ExpertsWork:
         return [(rows[:: -(-len(rows) // JUDGED_ROWS)].to(torch.float32), nearest(self.specs[FUSED[0]]))]
 
     def round(self, tokens: Sequence[Tokens], in_scales: Tensor | None, choice: ScaleChoice | None, fold: str | None) -> list[LayerReport]:
-        """Quantize every expert; the module computes with the result from then on. in_scales: s of the input channels, float32 [H]."""
+        """Quantize every expert; the module computes with the result from then on.
+
+        in_scales: s of the input channels, float32 [H]; choice, fold: where it comes from.
+        """
+        about = (fold, choice.alpha, choice.family) if choice else (fold, 0.0, "not folded")
+        alphas: list[float] = []  # of the scales of down's inputs
         statistics = _Statistics(tokens, *self.gate_up.shape[::2])
         judged: dict[str, list[list[Judged]]] = {parameter: [] for parameter in FUSED}
         few = {parameter: [] for parameter in FUSED}  # type: dict[str, list[int]]
         for expert in range(len(self.gate_up)):
-            original = self.gate_up[expert].to(torch.float32)  # [2 I, H]
-            folded = original if in_scales is None else original * in_scales
+            original, down = self.gate_up[expert].to(torch.float32), self.down[expert].to(torch.float32)  # [2 I, H], [H, I]
             reached = [(t.chosen == expert).any(1).nonzero()[:, 0] for t in tokens]
-            count = sum(len(rows) for rows, t in zip(reached, tokens, strict=True) if not t.held_out)
+            chosen = self._down_scales(statistics, reached, original if in_scales is None else original * in_scales, down)
+            folds = lambda weight, s=chosen.scales: _folded(weight, in_scales, s)  # noqa: E731
+            alphas.append(chosen.alpha)
+            folded = folds(original)
             with self.report.timed("quantized stream and statistics"):
                 train, held = statistics.of_inputs(reached)
-            plain = fake_quantize(original, choose_grid(original, self.specs[FUSED[0]]))
-            halves = list(zip(folded.chunk(2), (plain if in_scales is None else plain * in_scales).chunk(2), strict=True))
+            plain = folds(fake_quantize(original, choose_grid(original, self.specs[FUSED[0]])))
+            halves = list(zip(folded.chunk(2), plain.chunk(2), strict=True))
             judged[FUSED[0]].append(self._round(FUSED[0], expert, self.gate_up, halves, train, held))
             del train, held
-            activation = self._activation(expert, folded)
             with self.report.timed("quantized stream and statistics"):
-                train, held = statistics.of_activations(reached, activation, self.down.shape[2])
-            weight = self.down[expert].to(torch.float32)
-            plain = fake_quantize(weight, choose_grid(weight, self.specs[FUSED[1]]))
-            judged[FUSED[1]].append(self._round(FUSED[1], expert, self.down, [(weight, plain)], train, held))
+                train, held = statistics.of_activations(reached, self._activation(expert, folded), self.down.shape[2])
+            plain = fake_quantize(down, choose_grid(down, self.specs[FUSED[1]]))
+            judged[FUSED[1]].append(self._round(FUSED[1], expert, self.down, [(down * chosen.scales, plain * chosen.scales)], train, held))
+            count = sum(len(rows) for rows, t in zip(reached, tokens, strict=True) if not t.held_out)
             for parameter, columns in zip(FUSED, (self.gate_up.shape[2], self.down.shape[2]), strict=True):
                 few[parameter] += [expert] if count < columns else []
         return [
-            self._report(FUSED[0], judged[FUSED[0]], statistics.share, few[FUSED[0]], choice, fold),
-            self._report(FUSED[1], judged[FUSED[1]], statistics.share, few[FUSED[1]], None, None),
+            self._report(FUSED[0], judged[FUSED[0]], statistics.share, few[FUSED[0]], *about),
+            self._report(FUSED[1], judged[FUSED[1]], statistics.share, few[FUSED[1]], *self._fold_of_down(alphas)),
         ]
+
+    def _down_scales(self, statistics: _Statistics, reached: list[Tensor], gate_up: Tensor, down: Tensor) -> ScaleChoice:
+        """Smoothing scales of what goes into down, which divide the rows of up. gate_up, down: float32, of one expert."""
+        one = ScaleChoice(torch.ones(down.shape[1], device=down.device), 0.0, "identity", 0.0, 0.0)
+        if not self.folds_into_up:
+            return one
+        assert self.recipe.scale is not None
+        gate: Any = self.module._apply_gate
+        with self.report.timed("scale search"):
+            weight = gate_up.to(self.gate_up.dtype)
+            energies = statistics.energies(reached, lambda x: gate(x.to(weight.dtype) @ weight.T), down.shape[1])
+            consumers, channels = [(down, nearest(self.specs[FUSED[1]]))], torch.arange(down.shape[1], device=down.device)
+            return search_scales(consumers, channels, len(channels), *energies, self.recipe.scale)
+
+    def _fold_of_down(self, alphas: list[float]) -> tuple[str | None, float, str]:
+        """For the report: producer, mean alpha, family."""
+        if not self.folds_into_up:
+            return None, 0.0, "not folded"
+        return f"{self.inside}.{FUSED[0]}", sum(alphas) / len(alphas), "by expert"
 
     def _round(
         self, parameter: str, expert: int, into: Tensor, matrices: list[tuple[Tensor, Tensor]], train: Moments, held: Moments
@@ -108,7 +134,7 @@ class ExpertsWork:
         return lambda x, quantized: gate(x.to(self.gate_up.dtype) @ weights[quantized].T)
 
     def _report(
-        self, parameter: str, judged: list[list[Judged]], share: Tensor, few: list[int], choice: ScaleChoice | None, fold: str | None
+        self, parameter: str, judged: list[list[Judged]], share: Tensor, few: list[int], fold: str | None, alpha: float, family: str
     ) -> LayerReport:
         """One line for a matrix of all experts; losses are weighted by the tokens that an expert gets."""
         matrices = [each for expert in judged for each in expert]
@@ -123,8 +149,8 @@ class ExpertsWork:
             bits=spec.bits,
             group_size=spec.group_size,
             fold=fold,
-            alpha=choice.alpha if choice else 0.0,
-            family=choice.family if choice else "not folded",
+            alpha=alpha,
+            family=family,
             clip=mean(lambda each: each.best.clip),
             correction=mean(lambda each: each.best.correction),
             rounding=self.recipe.rounding,
@@ -138,6 +164,12 @@ class ExpertsWork:
     def module_of_integers(self) -> AwqExperts:
         weights = [ExpertWeights.from_packed(self.packed[parameter], self.specs[parameter]) for parameter in FUSED]
         return AwqExperts(self.module, *weights)
+
+
+def _folded(gate_up: Tensor, in_scales: Tensor | None, down_scales: Tensor) -> Tensor:
+    """gate_up [2 I, H] of one expert with the scales of its inputs [H] and of what it puts out [I]: up is divided by these."""
+    gate, up = (gate_up if in_scales is None else gate_up * in_scales).chunk(2)
+    return torch.cat([gate, up / down_scales[:, None]])
 
 
 class _Statistics:
@@ -169,8 +201,35 @@ class _Statistics:
             x0 = activation(t.x0[rows], False)
             return (x0, None) if t.x is None else (activation(t.x[rows], True), x0)
 
+        return _filled(self._sum(reached, inputs), lambda: self._sum(self._spare_rows(channels), inputs), channels)
+
+    def energies(self, reached: list[Tensor], activation: Callable[[Tensor], Tensor], channels: int) -> tuple[Tensor, Tensor]:
+        """E[h^2] of the float stream's h = activation(x0), [channels]: (for the search, of the held-out slice)."""
+
+        def sums(rows: list[Tensor], held_out: bool) -> tuple[Tensor, int]:
+            taken = [(t, which) for t, which in zip(self.tokens, rows, strict=True) if t.held_out is held_out and len(which)]
+            total = torch.zeros(channels, device=rows[0].device)
+            for t, which in taken:
+                total += activation(t.x0[which]).to(torch.float32).square().sum(0)
+            return total, sum(len(which) for _, which in taken)
+
+        own, spare = [sums(reached, held_out) for held_out in (False, True)], None
+        means = []
+        for held_out, enough in ((False, channels), (True, max(1, channels // HELD_OUT))):
+            total, count = own[held_out]
+            share = min(1.0, count / enough)
+            mean = share * total / max(count, 1)
+            if share < 1:
+                spare = spare or [sums(self._spare_rows(channels), each) for each in (False, True)]
+                total, count = spare[held_out] if spare[held_out][1] else spare[False]
+                mean += (1 - share) * total / count
+            means.append(mean)
+        return means[0], means[1]
+
+    def _spare_rows(self, channels: int) -> list[Tensor]:
+        """Tokens of the layer, spread evenly, that stand in for those that did not reach an expert."""
         step = max(1, sum(map(len, self.batches)) // (SPARE_TOKENS * channels))
-        return _filled(self._sum(reached, inputs), lambda: self._sum([rows[::step] for rows in self.batches], inputs), channels)
+        return [rows[::step] for rows in self.batches]
 
     def _sum(self, rows: list[Tensor], inputs: Callable[[Tokens, Tensor], tuple[Tensor, Tensor | None]]) -> Statistic:
         train, held = Moments(), Moments()

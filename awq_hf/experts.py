@@ -146,6 +146,18 @@ def reason_against(module: nn.Module) -> str | None:
     return _tried(_Alike(module, experts, hidden, inner))
 
 
+def gate_is_linear_in_up(module: nn.Module) -> bool:
+    """Whether dividing up's outputs divides what goes into down, channel by channel: not where the gate clamps them, for example."""
+    gate: Any = module._apply_gate
+    with torch.device("cpu"), torch.no_grad():
+        x = 30 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+        scales = torch.exp2(torch.arange(16) % 5 - 2)  # powers of two, which multiply exactly
+        try:
+            return torch.equal(gate(torch.cat([x[:, :16], x[:, 16:] * scales], 1)), gate(x) * scales)
+        except Exception:  # of the model's own code
+            return False
+
+
 class _Alike:
     """A module of experts; equal to all whose class and settings are the same, which are tried once."""
 

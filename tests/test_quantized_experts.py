@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import awq_hf
-from awq_hf import AwqConfig
+from awq_hf import AwqConfig, expert_block
 from awq_hf.calibration.stats import Moments
-from awq_hf.experts import AwqExperts
+from awq_hf.experts import AwqExperts, gate_is_linear_in_up
 
 SIZES = dict(
     vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -87,7 +87,7 @@ def test_every_matrix_is_reported(original: Any, quantized: Any) -> None:
     for name in holders:
         gate_up, down = (layers[f"{name}.{part}"] for part in ("gate_up_proj", "down_proj"))
         assert (gate_up.shape, gate_up.experts, gate_up.fold) == ((64, 64), 4, "post_attention_layernorm")
-        assert (down.shape, down.experts, down.fold) == ((64, 32), 4, None)
+        assert (down.shape, down.experts, down.fold) == ((64, 32), 4, "mlp.experts.gate_up_proj")
         assert all(0 < layer.loss <= layer.loss_plain and not layer.few_tokens for layer in (gate_up, down))
         assert report.left_in_float[name.replace("experts", "gate")].endswith("Router is not a plain Linear")
     assert not any("fewer calibration tokens" in note for note in report.notes)
@@ -127,16 +127,35 @@ def test_from_pretrained_gives_the_same(original: Any, quantized: Any, enough: l
 
 
 @pytest.mark.parametrize("options", [dict(stream="float"), dict(zero_point=False), dict(bits=8), dict(bits=3, rounding="gptq")])
-def test_other_recipes(options: dict[str, Any], random_model: Callable[..., Any], enough: list[Tensor], tmp_path: Path) -> None:
+def test_other_recipes(options: dict[str, Any], random_model: Callable[..., Any], enough: list[Tensor]) -> None:
     original = random_model(MODELS["qwen2"](), torch.bfloat16)
-    stream = options.get("stream")
-    config = config_for(enough, **{key: value for key, value in options.items() if key != "stream"})
-    if stream:
-        recipe = config.recipe
-        config.recipe = lambda *args: __import__("dataclasses").replace(recipe(*args), stream=stream)  # type: ignore[method-assign]
-    model = awq_hf.quantize(copy.deepcopy(original), config)
-    plain = awq_hf.quantize(copy.deepcopy(original), config_for(enough, **{**options, **PLAIN} if not stream else PLAIN))
+    model = awq_hf.quantize(copy.deepcopy(original), config_for(enough, **options))
+    plain = awq_hf.quantize(copy.deepcopy(original), config_for(enough, **{**options, **PLAIN}))
     assert divergence(model, original) <= divergence(plain, original)
+
+
+def test_scales_of_downs_input_fold_into_up(
+    random_model: Callable[..., Any], enough: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels that are large by a factor which down takes back: without a fold they cost what the others could have."""
+    original = random_model(MODELS["mixtral"]())
+    for block in original.model.layers:
+        block.mlp.experts.gate_up_proj.data[:, 32:36] *= 16
+        block.mlp.experts.down_proj.data[:, :, :4] /= 2
+    losses = []
+    for linear in (True, False):
+        monkeypatch.setattr(expert_block, "gate_is_linear_in_up", lambda _module, linear=linear: linear)
+        layers = awq_hf.quantize(copy.deepcopy(original), config_for(enough)).awq_report.layers
+        losses.append([(layer.loss, layer.fold) for layer in layers if layer.name.endswith("down_proj")])
+    for (folded, into), (plain, nowhere) in zip(*losses, strict=True):
+        assert (into, nowhere) == ("mlp.experts.gate_up_proj", None) and folded < 0.9 * plain
+
+
+def test_a_gate_that_clamps_up_takes_no_scales(random_model: Callable[..., Any]) -> None:
+    experts = random_model(MODELS["mixtral"]()).model.layers[0].mlp.experts
+    assert gate_is_linear_in_up(experts)
+    experts._apply_gate = lambda x: torch.nn.functional.silu(x[:, :16]) * x[:, 16:].clamp(-7, 7)
+    assert not gate_is_linear_in_up(experts)
 
 
 # Few tokens

@@ -13,7 +13,7 @@ from torch import nn
 
 from awq_hf.blocks import block_signature, experts_of, find_blocks, matrices_of, routers_of
 from awq_hf.config import AwqConfig
-from awq_hf.experts import FUSED, ExpertWeights
+from awq_hf.experts import FUSED, ExpertWeights, gate_is_linear_in_up
 from awq_hf.inspection import costs
 from awq_hf.inspection.folds import BlockFolds, find_folds
 from awq_hf.inspection.source import Source, stored_bytes
@@ -207,7 +207,9 @@ def _kinds(model: _Model) -> list[Kind]:
             )
             found[kind] += 1
         for name, part, full in _expert_parts(model, i):
-            experts, producer = block.get_submodule(name), probed.producer_of(name) if probed and part == FUSED[0] else None
+            experts = block.get_submodule(name)
+            into_up = f"{name}.{FUSED[0]}" if gate_is_linear_in_up(experts) else None
+            producer = (probed.producer_of(name) if part == FUSED[0] else into_up) if probed else None
             shape, packed = expert_shapes(experts)[part], model.packed.get(full)
             kind = Kind(
                 name=starred(f"{name}.{part}"),
