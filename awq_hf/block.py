@@ -15,7 +15,7 @@ from awq_hf.calibration.data import Batch
 from awq_hf.calibration.paused import PausedForwards
 from awq_hf.calibration.stats import Moments
 from awq_hf.calibration.stream import Call, capture_inputs
-from awq_hf.expert_block import ExpertsWork, Specs, Tokens, same_routes
+from awq_hf.expert_block import ExpertsWork, Specs, same_routes, tokens_of
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, reading_parameter, representable_scales, weight_of
 from awq_hf.folding.probe import verify
@@ -208,16 +208,9 @@ class BlockWork:
 
     def _round_experts(self, name: str, reached: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """reached: what the experts really get, (input, experts of each token) of each batch; none where the stream is not followed."""
-        scales, xs = self.in_scales.get(name), self.float_inputs[self._leader(name)]
-        x0s = xs if scales is None else [x0.to(torch.float32) / scales for x0 in xs]
-        if reached:
-            pairs = zip(self.batches, reached, x0s, strict=True)
-            tokens = [Tokens(b.real_tokens(r[0]), x0, b.real_tokens(r[1]), b.held_out) for b, r, x0 in pairs if r is not None]
-        else:
-            routes = zip(self.batches, x0s, self.float_routes[name], strict=True)
-            tokens = [Tokens(None, x0, index, batch.held_out) for batch, x0, index in routes]
+        tokens = tokens_of(self.batches, self.float_inputs[self._leader(name)], reached, self.float_routes[name])
         fold = next((fold.producer for fold in self.folds if name in fold.consumers), None)
-        lines = self.experts[name].round(tokens, scales, self.choices.get(name), fold)
+        lines = self.experts[name].round(tokens, self.in_scales.get(name), self.choices.get(name), fold)
         self.layers.update({line.name: line for line in lines})
         self.report.layers += lines
 

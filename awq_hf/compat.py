@@ -111,8 +111,8 @@ def packed_conversions(conversions: Iterable[Any]) -> list[Any]:
 
 def save_packed_experts(model: Any) -> None:
     """Have the experts of a model that was just quantized saved under the names that they have one by one."""
-    conversions = _conversions(model)
-    model._weight_conversions = [*conversions, *packed_conversions(conversions)]
+    # Of the architecture's, and not of those that loading used: a checkpoint may have held the experts fused.
+    model._weight_conversions = [*_conversions(model), *packed_conversions(get_model_conversion_mapping(model, add_legacy=False))]
 
 
 def save_float_experts(model: Any) -> None:

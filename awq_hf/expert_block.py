@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.affine import choose_grid, fake_quantize, to_quantized_weight
-from awq_hf.calibration.data import HELD_OUT
+from awq_hf.calibration.data import HELD_OUT, Batch
 from awq_hf.calibration.stats import Moments
 from awq_hf.experts import FUSED, AwqExperts, ExpertWeights, gate_is_linear_in_up
 from awq_hf.layer import Judged, judge, round_together
@@ -33,12 +33,23 @@ Specs = tuple[QuantSpec, QuantSpec]  # of gate_up_proj and down_proj
 
 class Tokens(NamedTuple):
     """What reaches the experts in one batch. x: [tokens, H] in the quantized stream, None where it is not followed; x0: the same in the
-    float stream, both with smoothing scales divided out; chosen: the experts of each token, int [tokens, k]."""
+    float stream, which smoothing scales still have to divide; chosen: the experts of each token, int [tokens, k]."""
 
     x: Tensor | None
     x0: Tensor
     chosen: Tensor
     held_out: bool
+
+
+def tokens_of(
+    batches: Sequence[Batch], x0s: Sequence[Tensor], reached: Sequence[tuple[Tensor, Tensor] | None], routes: Sequence[Tensor]
+) -> list[Tokens]:
+    """reached: (x, chosen) of each batch in the quantized stream, padding included; none where it is not followed, and `routes`, the
+    experts chosen in the float stream, count."""
+    if not reached:
+        return [Tokens(None, x0, chosen, batch.held_out) for batch, x0, chosen in zip(batches, x0s, routes, strict=True)]
+    pairs = zip(batches, reached, x0s, strict=True)
+    return [Tokens(b.real_tokens(r[0]), x0, b.real_tokens(r[1]), b.held_out) for b, r, x0 in pairs if r is not None]
 
 
 Statistic = tuple[Moments, Moments]  # for the search, of the held-out slice
@@ -66,7 +77,7 @@ class ExpertsWork:
         """
         about = (fold, choice.alpha, choice.family) if choice else (fold, 0.0, "not folded")
         alphas: list[float] = []  # of the scales of down's inputs
-        statistics = _Statistics(tokens, *self.gate_up.shape[::2])
+        statistics = _Statistics(tokens, len(self.gate_up), self.gate_up.shape[2], in_scales)
         judged: dict[str, list[list[Judged]]] = {parameter: [] for parameter in FUSED}
         few = {parameter: [] for parameter in FUSED}  # type: dict[str, list[int]]
         for expert in range(len(self.gate_up)):
@@ -175,8 +186,8 @@ def _folded(gate_up: Tensor, in_scales: Tensor | None, down_scales: Tensor) -> T
 class _Statistics:
     """Moments of what reaches single experts, filled up from all tokens of the layer. share: of the tokens, by expert."""
 
-    def __init__(self, tokens: Sequence[Tokens], experts: int, channels: int) -> None:
-        self.tokens, self.experts, self.channels = tokens, experts, channels
+    def __init__(self, tokens: Sequence[Tokens], experts: int, channels: int, in_scales: Tensor | None) -> None:
+        self.tokens, self.experts, self.channels, self.in_scales = tokens, experts, channels, in_scales
         self.batches = [torch.arange(len(t.x0), device=t.x0.device) for t in tokens]
 
     @cached_property
@@ -189,16 +200,19 @@ class _Statistics:
     def _all_inputs(self) -> Statistic:
         return self._sum(self.batches, self._inputs)
 
-    @staticmethod
-    def _inputs(t: Tokens, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        return (t.x0[rows], None) if t.x is None else (t.x[rows], t.x0[rows])
+    def _x0(self, t: Tokens, rows: Tensor) -> Tensor:
+        return t.x0[rows] if self.in_scales is None else t.x0[rows].to(torch.float32) / self.in_scales
+
+    def _inputs(self, t: Tokens, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        x0 = self._x0(t, rows)
+        return (x0, None) if t.x is None else (t.x[rows], x0)
 
     def of_inputs(self, reached: list[Tensor]) -> Statistic:
         return _filled(self._sum(reached, self._inputs), lambda: self._all_inputs, self.channels)
 
     def of_activations(self, reached: list[Tensor], activation: Callable[[Tensor, bool], Tensor], channels: int) -> Statistic:
         def inputs(t: Tokens, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-            x0 = activation(t.x0[rows], False)
+            x0 = activation(self._x0(t, rows), False)
             return (x0, None) if t.x is None else (activation(t.x[rows], True), x0)
 
         return _filled(self._sum(reached, inputs), lambda: self._sum(self._spare_rows(channels), inputs), channels)
@@ -210,7 +224,7 @@ class _Statistics:
             taken = [(t, which) for t, which in zip(self.tokens, rows, strict=True) if t.held_out is held_out and len(which)]
             total = torch.zeros(channels, device=rows[0].device)
             for t, which in taken:
-                total += activation(t.x0[which]).to(torch.float32).square().sum(0)
+                total += activation(self._x0(t, which)).to(torch.float32).square().sum(0)
             return total, sum(len(which) for _, which in taken)
 
         own, spare = [sums(reached, held_out) for held_out in (False, True)], None
