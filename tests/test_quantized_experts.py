@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import awq_hf
 from awq_hf import AwqConfig, expert_block
 from awq_hf.calibration.stats import Moments
+from awq_hf.expert_block import Tokens, _Statistics
 from awq_hf.experts import AwqExperts, gate_is_linear_in_up
 
 SIZES = dict(
@@ -91,6 +92,18 @@ def test_every_matrix_is_reported(original: Any, quantized: Any) -> None:
         assert all(0 < layer.loss <= layer.loss_plain and not layer.few_tokens for layer in (gate_up, down))
         assert report.left_in_float[name.replace("experts", "gate")].endswith("Router is not a plain Linear")
     assert not any("fewer calibration tokens" in note for note in report.notes)
+
+
+def test_routers_take_scales_that_change_no_choice(random_model: Callable[..., Any], enough: list[Tensor]) -> None:
+    """Powers of two, which a weight and a norm of any dtype hold exactly."""
+    original = random_model(MODELS["olmoe"](), torch.bfloat16)
+    for block in original.model.layers:
+        block.post_attention_layernorm.weight.data *= torch.linspace(-2, 2, 64).exp()
+    quantized = awq_hf.quantize(copy.deepcopy(original), config_for(enough, rounding="nearest"))
+    for before, after in zip(original.model.layers, quantized.model.layers, strict=True):
+        for parameter in ("mlp.gate.weight", "post_attention_layernorm.weight"):
+            factors = (after.get_parameter(parameter).float() / before.get_parameter(parameter).float()).log2()
+            assert bool((factors == factors.round()).all()) and bool((factors != 0).any())
 
 
 def test_saved_as_other_loaders_read_it(quantized: Any, prompt: Tensor, tmp_path: Path) -> None:
@@ -203,6 +216,27 @@ def test_experts_that_few_tokens_reach(random_model: Callable[..., Any], enough:
         with torch.no_grad():
             results = [m.model.layers[0].mlp.experts(x, chosen, share) for m, x in zip((original, quantized, plain), seen, strict=True)]
         assert float((results[1] - results[0]).norm()) < 0.9 * float((results[2] - results[0]).norm())
+
+
+def test_statistics_are_those_of_the_tokens_that_reach_an_expert() -> None:
+    """Divided by the smoothing scales, and filled up to as many tokens as there are channels."""
+    generator = torch.Generator().manual_seed(0)
+    scales, experts = torch.rand(8, generator=generator) + 0.5, torch.tensor([0, 0, 0, 0, 1])
+    batches = []
+    for held_out in (False, False, True):
+        x0, chosen = torch.randn(20, 8, generator=generator), experts[torch.randint(5, (20, 1), generator=generator)]
+        batches.append(Tokens(x0 / scales + 0.1, x0, chosen, held_out))
+    batches[1].chosen[:] = 0  # leaves expert 1 a few tokens of the first batch
+    statistics = _Statistics(batches, 2, 8, scales)
+    z, mine = torch.cat([batch.x for batch in batches[:2] if batch.x is not None]), torch.cat([b.chosen[:, 0] for b in batches[:2]])
+    for expert in (0, 1):
+        reached = [(batch.chosen == expert).any(1).nonzero()[:, 0] for batch in batches]
+        train, _ = statistics.of_inputs(reached)
+        own, share = z[mine == expert], min(1.0, float((mine == expert).sum()) / 8)
+        assert (share == 1) == (expert == 0) and share > 0
+        torch.testing.assert_close(train.H, share * own.T @ own / len(own) + (1 - share) * z.T @ z / len(z))
+        assert train.P is not None  # e is 0.1 everywhere
+        torch.testing.assert_close(train.P, 0.1 * (share * own.mean(0) + (1 - share) * z.mean(0)).expand(8, 8), rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_mixed() -> None:
