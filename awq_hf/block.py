@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from awq_hf.affine import choose_grid, fake_quantize, to_quantized_weight
-from awq_hf.blocks import block_signature, matrices_of
+from awq_hf.blocks import block_signature, experts_of, matrices_of, routers_of
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.paused import PausedForwards
-from awq_hf.calibration.stats import Moments, OutputError, output_energy
+from awq_hf.calibration.stats import Moments
 from awq_hf.calibration.stream import Call, capture_inputs
+from awq_hf.expert_block import ExpertsWork, Specs, same_routes, tokens_of
 from awq_hf.folding import BlockProbe, FoldPoint, discover
-from awq_hf.folding.fold import divided_parameters, representable_scales, weight_of
+from awq_hf.folding.fold import divided_parameters, reading_parameter, representable_scales, weight_of
 from awq_hf.folding.probe import verify
-from awq_hf.layer import Rounded, best_of, round_together
+from awq_hf.layer import Rounded, judge, round_together
 from awq_hf.linear import AwqLinear
 from awq_hf.matrices import as_kind, as_linear
 from awq_hf.parallel import in_parallel
@@ -38,15 +39,24 @@ class BlockWork:
     """
 
     def __init__(
-        self, name: str, block: nn.Module, recipe: Recipe, specs: Mapping[str, QuantSpec], batches: Sequence[Batch], report: Report
-    ) -> None:
-        """specs: of the whole model's layers that are to be quantized, by their full names."""
+        self, name: str, block: nn.Module, recipe: Recipe, specs: Mapping[str, QuantSpec], batches: Sequence[Batch], report: Report,
+        experts: Mapping[str, Specs] | None = None,
+    ) -> None:  # fmt: skip
+        """specs, experts: of the whole model's layers, and modules of experts, that are to be quantized, by their full names."""
         self.name, self.block, self.recipe, self.batches, self.report = name, block, recipe, batches, report
         self.kinds = {name: type(module) for name, module in matrices_of(block).items()}
         self.linears = {name: as_linear(module) for name, module in matrices_of(block).items()}
         self.specs = {inside: specs[f"{name}.{inside}"] for inside in self.linears if f"{name}.{inside}" in specs}
         for inside, linear in self.linears.items():
             block.set_submodule(inside, linear)  # a Conv1D is a Linear until the block is done
+        found = {inside: f"{name}.{inside}" for inside in experts_of(block)} if experts else {}
+        self.experts = {
+            inside: ExpertsWork(name, inside, block.get_submodule(inside), experts[full], recipe, report)
+            for inside, full in found.items()
+            if experts and full in experts
+        }
+        self.readers = {**self.linears, **(experts_of(block) | routers_of(block) if self.experts else {})}  # of hidden states
+        self.order: list[str] = []  # in which they run
         self.quantized: dict[str, QuantizedWeight] = {}
         self.layers: dict[str, LayerReport] = {}
         self.groups: list[tuple[str, ...]] = []  # Linears that share an input, in order of execution
@@ -55,16 +65,18 @@ class BlockWork:
         self.in_scales: dict[str, Tensor] = {}  # consumer -> s of its input channels, [in]
         self.out_scales: dict[str, Tensor] = {}  # producing Linear -> s that its rows are divided by, [out]
         self.float_inputs: dict[str, list[Tensor]] = {}  # a group's first Linear -> x0 of each batch
+        self.float_routes: dict[str, list[Tensor]] = {}  # experts -> those of each token, of each batch
 
     # Folds
 
     def discover_folds(self, call: Call, known: dict[Any, list[FoldPoint]]) -> None:
         """Find the block's folds, or take over those of an equal block and verify them on this one."""
-        probe = BlockProbe(self.block, *call, self.linears)
+        probe = BlockProbe(self.block, *call, self.readers)
         self.groups = probe.groups_run_once()
+        self.order = [entry.removeprefix("> ") for entry in probe.baseline.order if entry.startswith("> ")]
         for name, why in probe.not_run_once().items():
-            if name in self.specs:
-                del self.specs[name]
+            if name in self.specs or name in self.experts:
+                (self.specs if name in self.specs else self.experts).pop(name)
                 self.report.left_in_float[f"{self.name}.{name}"] = why
         if self.recipe.scale is None:
             return
@@ -77,8 +89,12 @@ class BlockWork:
         """Run the float block on every batch and keep the inputs of its Linears; returns the block's outputs."""
         leaders = [group[0] for group in self.groups]
         self.float_inputs = {name: [] for name in leaders}
-        captured = capture_inputs(self.block, calls, leaders)
+        self.float_routes = {name: [] for name in self.experts}
+        captured = capture_inputs(self.block, calls, [*dict.fromkeys([*leaders, *self.experts])], self.experts)
         for batch, (inputs, _) in zip(self.batches, captured, strict=True):
+            for name in self.experts:
+                inputs[name], index = inputs[name]
+                self.float_routes[name].append(batch.real_tokens(index))
             if missing := [name for name in leaders if name not in inputs]:
                 raise ValueError(
                     f"{self.name}.{missing[0]} does not run on every calibration window; layers that run conditionally cannot be quantized "
@@ -118,9 +134,10 @@ class BlockWork:
         for fold in self.folds:
             producer = self.block.get_submodule(fold.producer)
             names = [name for name in fold.consumers if name in self.specs]
-            if not names:
-                continue
             consumers = [(self.linears[name].weight.data.to(torch.float32), nearest(self.specs[name])) for name in names]
+            consumers += [consumer for name in fold.consumers if name in self.experts for consumer in self.experts[name].consumers()]
+            if not consumers:
+                continue
             channels = len(weight_of(producer))
             assert self.recipe.scale is not None
             with self.report.timed("scale search"):
@@ -140,7 +157,7 @@ class BlockWork:
         return None
 
     def _absorb(self, fold: FoldPoint, producer: nn.Module, scales: Tensor) -> None:
-        stays_float = [name for name in fold.consumers if name not in self.specs]
+        stays_float = [name for name in fold.consumers if name not in self.specs and name not in self.experts]
         if stays_float or (fold.gain == "rows" and fold.producer not in self.specs):
             scales = torch.exp2(scales.log2().round())  # exact in a weight that keeps its dtype
         scales = representable_scales(fold, producer, scales)
@@ -152,7 +169,8 @@ class BlockWork:
         for name in fold.consumers:
             self.in_scales[name] = scales[fold.channel_map]
         for name in stays_float:
-            self.linears[name].weight.data.mul_(scales[fold.channel_map])
+            reader = self.block.get_submodule(name)
+            reader.get_parameter(reading_parameter(reader)).data.mul_(scales[fold.channel_map])
 
     # Rounding
 
@@ -162,26 +180,48 @@ class BlockWork:
         calls: the block's calls in the quantized stream; returns what the quantized block puts out for them.
         """
         targets = {group[0]: [name for name in group if name in self.specs] for group in self.groups}
-        with PausedForwards(self.block, calls, [leader for leader, names in targets.items() if names]) as forwards:
-            for leader, names in targets.items():
-                if names:
+        stops = sorted({leader for leader, names in targets.items() if names} | self.experts.keys(), key=self.order.index)
+        with PausedForwards(self.block, calls, stops, self.experts) as forwards:
+            for stop in stops:
+                with self.report.timed("quantized stream and statistics"):
+                    reached = forwards.inputs(stop) if self.recipe.stream == "quantized" else []
+                if stop in self.experts:
+                    self._round_experts(stop, reached)
+                    reached = [pair and pair[0] for pair in reached]
+                if names := targets.get(stop, []):
                     with self.report.timed("quantized stream and statistics"):
-                        train, held = self._moments(leader, forwards)
+                        train, held = self._moments(stop, reached)
                     for spec in dict.fromkeys(self.specs[name] for name in names):
                         self._round([name for name in names if self.specs[name] == spec], spec, train, held)
                     del train, held
-                del self.float_inputs[leader]
+                del reached
+                self._let_go(stop)
             with self.report.timed("quantized stream and statistics"):
                 return forwards.outputs()
 
-    def _moments(self, leader: str, forwards: PausedForwards) -> tuple[Moments, Moments]:
+    def _let_go(self, stop: str) -> None:
+        """Free the inputs of groups that are done when the block stands at `stop`; experts still need those of their group's leader."""
+        after = {self._leader(name) for name in self.experts if self.order.index(name) > self.order.index(stop)}
+        for leader in [leader for leader in self.float_inputs if self.order.index(leader) <= self.order.index(stop)]:
+            if leader not in after:
+                del self.float_inputs[leader]
+
+    def _round_experts(self, name: str, reached: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """reached: what the experts really get, (input, experts of each token) of each batch; none where the stream is not followed."""
+        tokens = tokens_of(self.batches, self.float_inputs[self._leader(name)], reached, self.float_routes[name])
+        fold = next((fold.producer for fold in self.folds if name in fold.consumers), None)
+        lines = self.experts[name].round(tokens, self.in_scales.get(name), self.choices.get(name), fold)
+        self.layers.update({line.name: line for line in lines})
+        self.report.layers += lines
+
+    def _moments(self, leader: str, reached: Sequence[Tensor | None]) -> tuple[Moments, Moments]:
         """Moments of what the group really gets, with smoothing folded in: (for the search, of the held-out slice)."""
         scales = self.in_scales.get(leader)
         if self.recipe.stream == "float":
             train, held = self._float_moments(leader)
             return (train, held) if scales is None else (train.scaled(scales), held.scaled(scales))
         train, held = Moments(), Moments()
-        for batch, x, x0 in zip(self.batches, forwards.inputs(leader), self.float_inputs[leader], strict=True):
+        for batch, x, x0 in zip(self.batches, reached, self.float_inputs[leader], strict=True):
             if x is not None:
                 into = held if batch.held_out else train
                 into.add(batch.real_tokens(x), x0 if scales is None else x0.to(torch.float32) / scales, want_ee=batch.held_out)
@@ -207,15 +247,14 @@ class BlockWork:
 
     def _store(self, name: str, weight: Tensor, found: Rounded, train: Moments, held: Moments) -> None:
         """Judge what was found for a Linear on the held-out slice, put it in place, and report it. weight: folded, float32 [out, in]."""
-        error_of = OutputError(weight, held)
         original, spec, linear = self.linears[name].weight.data.to(torch.float32), self.specs[name], self.linears[name]
-        plain = float(error_of(self._with_folds(name, fake_quantize(original, choose_grid(original, spec)))).sum())
-        best, errors = best_of(found, weight, plain, error_of, train.H, self.recipe)
+        rounded = self._with_folds(name, fake_quantize(original, choose_grid(original, spec)))
+        best, plain, loss, energy = judge(found, weight, rounded, train, held, self.recipe)
         self.quantized[name] = to_quantized_weight(best.codes, best.grid)
         linear.weight.data.copy_(best.dequantized())
         if name in self.out_scales and linear.bias is not None:
             linear.bias.data.copy_(linear.bias.data.to(torch.float32) / self.out_scales[name])
-        choice, energy = self.choices.get(name), max(float(output_energy(weight, held).sum()), 1e-30)
+        choice, energy = self.choices.get(name), max(energy, 1e-30)
         self.layers[name] = LayerReport(
             name=f"{self.name}.{name}",
             shape=(weight.shape[0], weight.shape[1]),
@@ -228,7 +267,7 @@ class BlockWork:
             correction=best.correction,
             rounding=best.rounding,
             loss_plain=plain / energy,
-            loss=float(errors.sum()) / energy,
+            loss=loss / energy,
             dead_channels=int((train.H.diagonal() == 0).sum()),
             fallback=best.fallback,
         )
@@ -238,14 +277,17 @@ class BlockWork:
 
     @torch.no_grad()
     def replace(self, call: Call) -> None:
-        """Put AwqLinears in the place of what was quantized; the rest gets its class back. Raises ValueError where they do not fit in.
+        """Put packed modules in the place of what was quantized; the rest gets its class back. Raises ValueError where they do not fit in.
 
         call: one on which the block must compute the same before and after.
         """
-        expected = self.block(*call[0], **call[1])
+        routes: dict[str, Any] = {}
+        with same_routes(self.block, self.experts, routes):
+            expected = self.block(*call[0], **call[1])
         self._put_in_place()
         try:
-            packed = self.block(*call[0], **call[1])
+            with same_routes(self.block, self.experts, routes):
+                packed = self.block(*call[0], **call[1])
         except Exception as error:
             raise ValueError(f"{self.name} does not run with quantized layers: {type(error).__name__}: {error}") from error
         for a, b in zip(*(filter(torch.is_tensor, tree_flatten(output)[0]) for output in (packed, expected)), strict=True):
@@ -258,6 +300,9 @@ class BlockWork:
                 self.block.set_submodule(name, AwqLinear.from_quantized(self.quantized[name], linear.bias, self.kinds[name]))
             elif type(linear) is not self.kinds[name]:
                 self.block.set_submodule(name, as_kind(self.kinds[name], linear.weight.data, linear.bias))
+
+        for name, experts in self.experts.items():
+            self.block.set_submodule(name, experts.module_of_integers())
 
     def loss_line(self) -> str:
         """For the progress bar: the block's mean loss against plain rounding's."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from awq_hf.matrices import is_matrix
+from awq_hf.experts import FUSED, holds_experts
+from awq_hf.matrices import is_matrix, shape_of
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -24,6 +25,25 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def matrices_of(block: nn.Module) -> dict[str, nn.Module]:
     """The matrices of a block (see awq_hf.matrices), by their name in it."""
     return {name: module for name, module in block.named_modules() if is_matrix(module)}
+
+
+def experts_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block that hold the matrices of experts, by their name in it."""
+    return {name: module for name, module in block.named_modules() if holds_experts(module)}
+
+
+def routers_of(block: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a block that are no matrices (see awq_hf.matrices) but multiply by a weight [out, in]: routers."""
+    found = {name: module for name, module in block.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter)}
+    return {name: module for name, module in found.items() if module.weight.ndim == 2 and not is_matrix(module)}
+
+
+def linear_routers(block: nn.Module) -> set[str]:
+    """Matrices of a block that stand beside the experts and have one output for each of them."""
+    experts = {name.rpartition(".")[0]: len(module.get_parameter(FUSED[1])) for name, module in experts_of(block).items()}
+    beside = lambda name, parent: not parent or name.startswith(f"{parent}.")  # noqa: E731
+    matrices = {name: shape_of(module)[0] for name, module in matrices_of(block).items()}
+    return {name for name, rows in matrices.items() for parent, count in experts.items() if rows == count and beside(name, parent)}
 
 
 def block_signature(block: nn.Module) -> tuple[Any, ...]:

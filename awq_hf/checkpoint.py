@@ -12,10 +12,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from awq_hf import compat
+from awq_hf.expert_checkpoint import ExpertTensors
+from awq_hf.experts import holds_experts, reason_against
 from awq_hf.headers import Headers, read_headers
 from awq_hf.kernels.foreign import to_gemm
 from awq_hf.kernels.layout import GEMM, WIDE, pack
-from awq_hf.linear import AwqLinear, ScaledActivation
+from awq_hf.linear import AwqLinear, PackedModule, ScaledActivation
 from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.spec import QuantSpec
 from awq_hf.stored import DTYPES, ZEROS, Stored, declared_layout, is_finite
@@ -41,7 +43,7 @@ def begin(model: Any, files: Iterable[str | os.PathLike[str]], spec_of: Callable
 
 
 def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], QuantSpec], version: str | None) -> dict[str, str]:
-    """Replace the Linears that own a .qweight in the checkpoint by empty AwqLinears, with parameters as the file has them.
+    """Replace the Linears and experts that own a .qweight in the checkpoint by empty packed modules, with parameters as the file has them.
 
     spec_of(module name of the model): what the config says of it. version: what the config calls the layout, None when nothing.
     Returns module name -> layout. Raises ValueError naming the tensor when something is missing, unexpected or of another shape.
@@ -56,28 +58,33 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
     declared = declared_layout(version)
     resolve, parameters = compat.resolver(model), model.state_dict()
     layouts: dict[str, str] = {}
+    experts = ExpertTensors(model, headers)
     for owner, tensor in owners.items():
-        name, operations = resolve(f"{owner}.weight", parameters)
+        name, conversion = resolve(f"{owner}.weight", parameters)
         name = name.removesuffix(".weight")
-        if operations is not None or f"{name}.weight" not in parameters or not is_matrix(model.get_submodule(name)):
+        if conversion is not None and name in parameters and experts.take(owner, name, conversion):
+            continue
+        if conversion is not None or f"{name}.weight" not in parameters or not is_matrix(model.get_submodule(name)):
             if compat.left_out(model, tensor) or _of_a_new_head(model, name, missing=False):
                 continue
-            raise ValueError(_no_place(tensor, operations, model))
+            raise ValueError(_no_place(tensor, conversion, name, model))
         matrix = model.get_submodule(name)
         stored = Stored(owner, shape_of(matrix), headers, spec_of(name), getattr(matrix, "bias", None) is not None)
         layouts[name] = stored.layout(declared, version)
         model.set_submodule(name, _empty(stored, layouts[name], matrix))
         compat.untie(model, f"{name}.weight")
+    layouts |= experts.place(spec_of, declared, version)
     _scale_activations(model, headers, resolve)
     compat.skip_initialization(model, layouts)
     return layouts
 
 
-def _no_place(tensor: str, operations: str | None, model: Any) -> str:
-    if ".experts." in tensor:
-        return f"{tensor} belongs to experts that {type(model).__name__} fuses into one tensor; fused experts are not supported yet"
-    if operations is not None:
-        return f"{tensor} cannot be loaded: transformers rearranges this module's weight ({operations}), which packed integers do not allow"
+def _no_place(tensor: str, conversion: compat.Conversion | None, name: str, model: Any) -> str:
+    if conversion is not None:
+        parent = model.get_submodule(name.rpartition(".")[0]) if name in model.state_dict() else None
+        why = reason_against(parent) if parent is not None and holds_experts(parent) else None
+        why = why or f"transformers rearranges this module's weight ({conversion.operations}), which packed integers do not allow"
+        return f"{tensor} cannot be loaded: {why}"
     return f"{tensor} is in the checkpoint, but {type(model).__name__} has no Linear of this name to hold it"
 
 
@@ -116,8 +123,8 @@ def match_tensors(model: Any, headers: Headers) -> dict[str, str]:
     resolve, parameters = compat.resolver(model), model.state_dict()
     sources: dict[str, str] = {}
     for tensor, info in headers.items():
-        name, operations = resolve(tensor, parameters)
-        if operations is not None or name not in parameters:
+        name, conversion = resolve(tensor, parameters)
+        if conversion is not None or name not in parameters:
             continue
         if name in sources:
             raise ValueError(f"{tensor} and {sources[name]} are both {name} of the model; which is meant cannot be known")
@@ -188,8 +195,9 @@ def finish(model: nn.Module, loading: Loading) -> None:
     check_finite(model, loading.headers, loading.sources)
     for name, layout in loading.layouts.items():
         module = model.get_submodule(name)
-        assert isinstance(module, AwqLinear)
+        assert isinstance(module, PackedModule)
         if layout not in (GEMM, WIDE):
+            assert isinstance(module, AwqLinear)  # experts in other layouts are refused
             _repack(name, module, layout)
         module.requires_grad_(False)  # the loader re-creates floating parameters with gradients
         if module.spec.symmetric and not module.qzeros.is_meta and not _is_symmetric(module):
@@ -230,6 +238,6 @@ def _repack(name: str, module: AwqLinear, layout: str) -> None:
         setattr(module, part, nn.Parameter(tensor, requires_grad=False))
 
 
-def _is_symmetric(module: AwqLinear) -> bool:
+def _is_symmetric(module: PackedModule) -> bool:
     middle = torch.full((1, module.out_features), module.spec.middle_code, dtype=torch.uint8, device=module.qzeros.device)
     return bool((module.qzeros == pack(middle, module.spec.bits)).all())

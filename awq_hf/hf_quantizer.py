@@ -17,6 +17,7 @@ from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
+from awq_hf.experts import AwqExperts
 from awq_hf.exporters.dense import make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
@@ -82,8 +83,11 @@ class AwqHfQuantizer(HfQuantizer):
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
         report = quantize_model(model, self.recipe, self.windows, compat.progress_bar)
         report.base_model = base_model.describe(model.config.name_or_path or "", getattr(model.config, "_commit_hash", None))
-        quantized = [layer.name for layer in report.layers]
-        entries = skip_list(report.left_in_float, quantized)
+        quantized, left = [layer.name for layer in report.layers], list(report.left_in_float)
+        if any(isinstance(module, AwqExperts) for module in model.modules()):
+            compat.save_packed_experts(model)
+            quantized, left = quantized + compat.quantized_on_disk(model), left + [compat.name_on_disk(model, name) for name in left]
+        entries = skip_list(left, quantized)
         self.quantization_config.modules_to_not_convert = entries or None
         report.notes += caveats(entries, report.left_in_float, quantized)
         model.awq_report = report
@@ -97,6 +101,11 @@ class AwqHfQuantizer(HfQuantizer):
         self.quantization_config.describe(model.get_submodule(name).spec for name in self.loading.layouts)
         self.loading = None
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return [*conversions, *compat.packed_conversions(conversions)] if self.pre_quantized else conversions
+
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # The base class takes config.dtype, which is a name after saving, and not the model's when it was cast in memory.
         return super().dequantize(model, dtype=dtype or model.get_input_embeddings().weight.dtype)
@@ -107,6 +116,7 @@ class AwqHfQuantizer(HfQuantizer):
                 raise ValueError(f"{name} divides its outputs by scales of its own, which a plain {type(model).__name__} has no place for")
         make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
         compat.forget_after_saving(model)
+        compat.save_float_experts(model)
         return model
 
     @property

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from awq_hf.affine import Grid, choose_grid, dequantize
-from awq_hf.calibration.stats import Moments, OutputError
+from awq_hf.calibration.stats import Moments, OutputError, output_energy
 from awq_hf.recipe import Recipe
 from awq_hf.representable import representable
 from awq_hf.rounding import ROUNDERS, Rounder
@@ -111,3 +112,20 @@ def best_of(
         errors = torch.minimum(row_errors, errors)
     lost = f"{found.rounding} lost to plain rounding on the held-out slice ({loss / max(plain, 1e-30):.3g} times its error)"
     return replace(found, codes=codes, grid=grid, rounding="the best of each row", fallback=lost), errors
+
+
+class Judged(NamedTuple):
+    """What was made of a weight, and errors on the held-out slice: plain rounding's, its own, and the output's energy."""
+
+    best: Rounded
+    plain: float
+    loss: float
+    energy: float
+
+
+def judge(found: Rounded, weight: Tensor, plain: Tensor, train: Moments, held: Moments, recipe: Recipe) -> Judged:
+    """weight: folded, float32 [out, in]; plain: the original weight, rounded to nearest, then folded."""
+    error_of = OutputError(weight, held)
+    loss_plain = float(error_of(plain).sum())
+    best, errors = best_of(found, weight, loss_plain, error_of, train.H, recipe)
+    return Judged(best, loss_plain, float(errors.sum()), float(output_energy(weight, held).sum()))

@@ -23,7 +23,7 @@ from awq_hf.affine import choose_grid, fake_quantize
 from awq_hf.calibration.data import load_windows
 from awq_hf.compat import Conv1D, class_of, loaded_whole
 from awq_hf.evaluate import Texts, evaluate_many
-from awq_hf.linear import AwqLinear
+from awq_hf.linear import PackedModule
 from awq_hf.machine import machine, versions
 from awq_hf.spec import QuantSpec
 
@@ -108,14 +108,23 @@ class _Found:
 
     def keep(self, model: nn.Module) -> nn.Module:
         self.bits = bits_per_weight(model)
-        self.specs = {name: module.spec for name, module in model.named_modules() if isinstance(module, AwqLinear)}
+        self.specs = {name: module.spec for name, module in model.named_modules() if isinstance(module, PackedModule)}
         return model
 
 
 @torch.no_grad()
 def plainly_rounded(model: nn.Module, specs: Mapping[str, QuantSpec]) -> nn.Module:
-    """The float model with the weights of these modules rounded to the nearest codes, in place; returned."""
+    """The float model with the weights of these modules rounded to the nearest codes, in place; returned.
+
+    Of experts, which a quantized model has a module for, the float one has a parameter of that name: [experts, out, in].
+    """
     for name, spec in specs.items():
+        owner, _, part = name.rpartition(".")
+        fused = model.get_submodule(owner)._parameters.get(part)
+        if fused is not None:
+            for matrix in fused.data:
+                matrix.copy_(fake_quantize(matrix.float(), choose_grid(matrix.float(), spec)))
+            continue
         module = model.get_submodule(name)
         weight = module.get_parameter("weight").data
         matrix = (weight.T if isinstance(module, Conv1D) else weight).float().contiguous()  # [out, in]
@@ -125,10 +134,18 @@ def plainly_rounded(model: nn.Module, specs: Mapping[str, QuantSpec]) -> nn.Modu
 
 
 def bits_per_weight(model: Any) -> float:
-    """Stored bits for each weight of the decoder's Linears (embeddings and norms stay as they are)."""
-    linears = [m for m in model.get_decoder().modules() if isinstance(m, (AwqLinear, Conv1D, nn.Linear))]
-    stored = sum(t.nbytes * 8 for m in linears for name, t in m.state_dict().items() if name != "bias")
-    return stored / sum(m.in_features * m.out_features if isinstance(m, AwqLinear) else m.weight.numel() for m in linears)
+    """Stored bits for each weight of the decoder's Linears and experts (embeddings and norms stay as they are)."""
+    stored = weights = 0
+    for module in model.get_decoder().modules():
+        if isinstance(module, PackedModule):
+            stored += sum(8 * tensor.nbytes for name, tensor in module.state_dict().items() if name != "bias")
+            weights += module.matrices * module.in_features * module.out_features
+        else:
+            linear = isinstance(module, (Conv1D, nn.Linear))
+            floats = [p for p in module.parameters(recurse=False) if p.ndim == 3 or (linear and p.ndim == 2)]  # experts are fused: 3
+            stored += sum(8 * tensor.nbytes for tensor in floats)
+            weights += sum(tensor.numel() for tensor in floats)
+    return stored / weights
 
 
 def weights_bytes(model: str | os.PathLike[str], location: Mapping[str, Any] | None = None) -> int | None:

@@ -54,6 +54,7 @@ def run(
             _run_blocks(model, recipe, plan, windows, report, progress, make_work)
     finally:
         model.train(was_training)
+    report.notes += _few_tokens(report)
     _close(report, began, cpu_began, model)
     return report
 
@@ -70,7 +71,7 @@ def _run_blocks(
     known_folds: dict[Any, Any] = {}
     bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
     for index in bar:
-        work = make_work(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report)
+        work = make_work(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report, plan.experts)
         with report.timed("fold discovery"):
             probe_calls = probe_stream.calls(index)
             work.discover_folds(probe_calls[0], known_folds)
@@ -84,9 +85,22 @@ def _run_blocks(
             work.replace(probe_calls[0])
         if progress:
             bar.set_postfix_str(work.loss_line())
-        if sum(layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE:
+        if sum(layer.experts * layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE:
             del work  # with what it captured
             give_back()
+
+
+def _few_tokens(report: Report) -> list[str]:
+    """What a person should know of experts that calibration hardly reached."""
+    layers = [layer for layer in report.layers if layer.few_tokens and layer.name.endswith("gate_up_proj")]
+    if not layers:
+        return []
+    worst, few = max(layers, key=lambda layer: len(layer.few_tokens)), sum(len(layer.few_tokens) for layer in layers)
+    return [
+        f"{few} experts in {len(layers)} layers were sent fewer calibration tokens than a row of theirs has weights (most: "
+        f"{worst.name.rpartition('.')[0]}, {len(worst.few_tokens)} of {worst.experts}) and were fitted to other tokens of their layer as "
+        "well: more or other calibration text may reach them"
+    ]
 
 
 def _describe(windows: Windows) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from awq_hf import representable
-from awq_hf.blocks import find_blocks, matrices_of
+from awq_hf import compat, representable
+from awq_hf.blocks import experts_of, find_blocks, linear_routers, matrices_of
+from awq_hf.experts import FUSED, joins_words, reason_against
 from awq_hf.kernels.layout import column_multiple
 from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.recipe import Recipe
@@ -19,15 +20,20 @@ from awq_hf.spec import GROUP_SIZES, QuantSpec
 
 OUTSIDE = "outside the decoder's blocks"
 SKIPPED = "modules_to_not_convert"
+ROUTER = "it chooses experts"
 SMALL = 0.01  # of a block's weights: what does not fit and is no more than this is not worth refusing the model for
 
 
 @dataclass(frozen=True)
 class Plan:
-    """specs: what is quantized, by its full name, in the model's order. left_in_float: modules that hold matrices and stay, and why."""
+    """specs: what is quantized, by its full name, in the model's order. left_in_float: modules that hold matrices and stay, and why.
+
+    experts: modules that hold the matrices of a layer's experts -> (of gate_up_proj, of down_proj).
+    """
 
     specs: dict[str, QuantSpec]
     left_in_float: dict[str, str]
+    experts: dict[str, tuple[QuantSpec, QuantSpec]] = field(default_factory=dict)
 
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
@@ -39,12 +45,13 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only models of one of them can be quantized")
     plan, misfits = sort_out(model, recipe)
-    if not plan.specs:
+    if not plan.specs and not plan.experts:
         raise ValueError(_nothing_to_quantize(model, plan.left_in_float))
     if misfits:
         shapes = {name: shape_of(model.get_submodule(name)) for name in plan.specs}
-        raise ValueError(_refusal(misfits, shapes, recipe.spec))
-    _check_overrides(recipe, plan.specs.keys() | plan.left_in_float.keys())
+        shapes |= {f"{name}.{part}": shape for name in plan.experts for part, shape in expert_shapes(model.get_submodule(name)).items()}
+        raise ValueError(_refusal(misfits, shapes, recipe.spec, plan.experts))
+    _check_overrides(recipe, [*plan.specs, *plan.left_in_float, *_expert_names(model, plan)])
     return plan
 
 
@@ -57,19 +64,75 @@ def sort_out(model: nn.Module, recipe: Recipe) -> tuple[Plan, dict[str, str]]:
     for index, block in enumerate(blocks):
         inside = {f"{prefix}.{index}.{name}": shape_of(module) for name, module in matrices_of(block).items()}
         weights = sum(rows * columns for rows, columns in inside.values())
+        routers = {f"{prefix}.{index}.{name}" for name in linear_routers(block)}
         for name, shape in inside.items():
             spec = recipe.spec_for(name)
             misfit = None if spec is None else _misfit(*shape, spec, recipe)
             if spec is None:
                 left[name] = SKIPPED
+            elif name in routers:
+                left[name] = ROUTER
             elif misfit and shape[0] * shape[1] <= SMALL * weights:
                 left[name] = f"small, and {misfit}"
             elif misfit:
                 misfits[name] = misfit
             if spec is not None and name not in left:
                 specs[name] = spec
-    left = {name: left.get(name, why) for name, why in _others(model, prefix, recipe) if name not in specs}
-    return Plan(specs, left), misfits
+    experts, unfit = _sort_out_experts(model, prefix, blocks, recipe)
+    left |= {name: why for name, why in experts.items() if isinstance(why, str)}
+    taken = {name: why for name, why in experts.items() if not isinstance(why, str)}
+    left = {name: left.get(name, why) for name, why in _others(model, prefix, recipe) if name not in specs and name not in taken}
+    return Plan(specs, left, taken), misfits | unfit
+
+
+Fate = tuple[QuantSpec, QuantSpec] | str  # what becomes of a layer's experts, or why they stay in float
+
+
+def _sort_out_experts(model: nn.Module, prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> tuple[dict[str, Fate], dict[str, str]]:
+    """For every module that holds experts what becomes of them; and which cannot be stored -> why."""
+    fates: dict[str, Fate] = {}
+    misfits: dict[str, str] = {}
+    modules = {f"{prefix}.{i}.{name}": module for i, block in enumerate(blocks) for name, module in experts_of(block).items()}
+    parts = compat.expert_parts(model, list(modules)) if modules else {}
+    for name, module in modules.items():
+        fate = fates[name] = _fate_of(name, module, parts[name], recipe)
+        if not isinstance(fate, str):
+            for (part, (rows, columns)), spec, count in zip(expert_shapes(module).items(), fate, (2, 1), strict=True):
+                misfit = _misfit(rows // count, columns, spec, recipe)
+                if misfit is None and count > 1 and not joins_words(rows // count, spec.bits):
+                    misfit = f"{rows // count} output channels of {spec.bits} bits fill no whole words"
+                if misfit:
+                    misfits[f"{name}.{part}"] = misfit
+    return fates, misfits
+
+
+def _fate_of(name: str, module: nn.Module, parts: dict[str, tuple[str, ...]], recipe: Recipe) -> Fate:
+    """parts: parameter of the module -> what its matrices are called in a checkpoint."""
+    if why := reason_against(module):
+        return why
+    if [len(parts.get(parameter, ())) for parameter in FUSED] != [2, 1]:
+        return "checkpoints of this architecture hold experts in one tensor, and AWQ's format one by one"
+    count = len(module.get_parameter(FUSED[1]))
+    specs = [{recipe.spec_for(f"{name}.{e}.{leaf}") for leaf in parts[parameter] for e in range(count)} for parameter in FUSED]
+    if specs == [{None}, {None}]:
+        return SKIPPED
+    if any(len(each) > 1 or None in each for each in specs):
+        return f"{SKIPPED} or overrides name some of their matrices, and those of a layer are stored alike"
+    (gate_up,), (down,) = specs
+    assert gate_up is not None and down is not None
+    return gate_up, down
+
+
+def _expert_names(model: nn.Module, plan: Plan) -> Iterable[str]:
+    """One name of each kind that overrides may match."""
+    for name, parts in compat.expert_parts(model, list(plan.experts)).items():
+        yield from (f"{name}.0.{leaf}" for leaves in parts.values() for leaf in leaves)
+
+
+def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameter of a module of experts -> (out, in) of one expert's."""
+    shapes = {parameter: module.get_parameter(parameter).shape for parameter in FUSED}
+    return {parameter: (shape[1], shape[2]) for parameter, shape in shapes.items()}
 
 
 def _others(model: nn.Module, prefix: str, recipe: Recipe) -> Iterable[tuple[str, str]]:
@@ -98,9 +161,11 @@ def _nothing_to_quantize(model: nn.Module, left: dict[str, str]) -> str:
     return f"{type(model).__name__} has no Linear to quantize in its blocks: {', '.join(reasons)}"
 
 
-def _refusal(misfits: dict[str, str], shapes: dict[str, tuple[int, int]], spec: QuantSpec) -> str:
+def _refusal(misfits: dict[str, str], shapes: dict[str, tuple[int, int]], spec: QuantSpec, experts: Collection[str]) -> str:
     works = [g for g in GROUP_SIZES if all(QuantSpec(spec.bits, g).divides(columns) for _, columns in shapes.values())]
-    leave = sorted({_shortest_pattern(name, shapes.keys() - misfits.keys()) for name in misfits})
+    whole = lambda name: module if (module := name.rpartition(".")[0]) in experts else name  # noqa: E731  (experts stay float together)
+    leaving = {*map(whole, misfits)}
+    leave = sorted({_shortest_pattern(name, [other for other in shapes if whole(other) not in leaving]) for name in leaving})
     return (
         f"{len(misfits)} layers do not fit bits={spec.bits}, group_size={spec.group_size}:\n"
         + "\n".join(f"  {name}: {reason}" for name, reason in list(misfits.items())[:8])
@@ -127,7 +192,10 @@ def stored_bytes(model: nn.Module, plan: Plan) -> int:
     total = 0
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
-        if kind == "weight" and module in plan.specs:
+        if module in plan.experts and kind in FUSED:
+            bits = plan.experts[module][FUSED.index(kind)].bits_per_weight(parameter.shape[2])
+            total += round(parameter.numel() * bits / 8)
+        elif kind == "weight" and module in plan.specs:
             in_features = shape_of(model.get_submodule(module))[1]
             total += round(parameter.numel() * plan.specs[module].bits_per_weight(in_features) / 8)
         else:
@@ -161,11 +229,13 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
             f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
             'load on one device, e.g. device_map="cpu" or device_map=0'
         )
-    for name in plan.specs:
-        weight = model.get_submodule(name).get_parameter("weight")
+    names = [f"{name}.weight" for name in plan.specs] + [f"{name}.{parameter}" for name in plan.experts for parameter in FUSED]
+    for name in names:
+        weight = model.get_parameter(name)
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name}.weight holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")
+            raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")
         if not bool(weight.any()):
             raise ValueError(
-                f"{name}.weight is zero throughout: the checkpoint is damaged, or if this is meant, modules_to_not_convert=[{name!r}]"
+                f"{name} is zero throughout: the checkpoint is damaged, or if this is meant, "
+                f"modules_to_not_convert=[{name.rpartition('.')[0]!r}]"
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 from awq_hf import compat
 from awq_hf.freed import drop_file_pages, give_back
-from awq_hf.linear import AwqLinear
+from awq_hf.linear import PackedModule
 
 logger = logging.getLogger("awq_hf")
 
@@ -16,21 +16,22 @@ OFFLOADED = "its weights are kept elsewhere and fetched for every call, which le
 
 
 def prepare_kernels(model: Any) -> None:
-    """Prepare every AwqLinear of a transformers model, in place; one warning for each reason why some are left to the slow reference,
+    """Prepare every packed module of a transformers model, in place; one warning for each reason why some are left to the slow reference,
     and for what a kernel does to results."""
     dtype = model.get_input_embeddings().weight.dtype
     slow: dict[str, list[str]] = {}
     cautions: set[str] = set()
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, AwqLinear)]
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedModule)]
     # The largest first: what rearranging it takes for a moment is on top of the least.
-    for name, module in sorted(modules, key=lambda item: -item[1].in_features * item[1].out_features):
+    size = lambda module: module.matrices * module.in_features * module.out_features  # noqa: E731
+    for name, module in sorted(modules, key=lambda item: -size(item[1])):
         stored = list(module.parameters())
         reason = OFFLOADED if compat.is_offloaded(module) else module.prepare(dtype)
         kept = {id(parameter) for parameter in module.parameters()}
         for parameter in stored:
             if id(parameter) not in kept:
                 drop_file_pages(parameter)
-        if module.in_features * module.out_features > LARGE:
+        if size(module) > LARGE:
             give_back()
         if reason is not None:
             slow.setdefault(reason, []).append(name)

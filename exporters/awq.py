@@ -18,7 +18,9 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, max_shard_size: st
     check_quantized(checkpoint, "awq")
     assert checkpoint.quantization is not None
     quantization, modules = copy.deepcopy(checkpoint.quantization), find_modules(checkpoint)
+    left = modules.left_out() if modules.experts else modules.in_float  # routers may be called otherwise on disk
+    quantized = list(dict.fromkeys(name for owner in modules.quantized for name in modules.both_names(owner)))
     quantization.describe(packed.spec for packed in checkpoint.packed.values())
-    quantization.modules_to_not_convert = skip_list(modules.in_float, list(modules.quantized.values())) or None
+    quantization.modules_to_not_convert = skip_list(left, quantized) or None
     config = {"quantization_config": quantization.to_dict()}
     write_folder(directory, checkpoint, packed_tensors(items_with_bar(checkpoint, "awq", bar), pack_weight), config, max_shard_size)

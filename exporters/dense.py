@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.affine import dequantize_weight
+from awq_hf.experts import AwqExperts
 from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, items_with_bar, write_folder
 from awq_hf.exporters.modules import find_modules
@@ -59,10 +60,12 @@ def _tensors(checkpoint: Checkpoint, dtype: torch.dtype, bar: Bar) -> Iterator[t
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every AwqLinear of `model`, in place, by what it had replaced, holding its dequantized weight in `dtype`."""
+    """Replace every AwqLinear and AwqExperts of `model`, in place, by what it had replaced, holding its dequantized weight in `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, AwqLinear):
             model.set_submodule(name, dense_module(module, dtype))
+        elif isinstance(module, AwqExperts):
+            model.set_submodule(name, module.dequantized(dtype))
 
 
 def dense_module(module: AwqLinear, dtype: torch.dtype) -> nn.Module:

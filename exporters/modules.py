@@ -10,24 +10,26 @@ from torch import nn
 
 from awq_hf import compat
 from awq_hf.exporters.checkpoint import Checkpoint
-from awq_hf.linear import AwqLinear
+from awq_hf.linear import AwqLinear, PackedModule
 from awq_hf.matrices import is_matrix
 from awq_hf.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class Modules:
-    """quantized: name on disk -> name in memory, which differs where transformers renames while loading.
+    """quantized: name on disk -> name in memory, which differs where transformers renames or fuses while loading.
 
     in_float: other modules that hold matrices (Linears, routers, experts; embeddings aside), by their names in memory; stored_in_float:
     the same by their names on disk, where they have a matrix of their own there, which a tied head has not.
-    transposed: quantized modules, on disk, whose original weight is [in, out] (Conv1D).
+    transposed: quantized modules, on disk, whose original weight is [in, out] (Conv1D). experts: whether some are experts that
+    transformers fuses.
     """
 
     quantized: dict[str, str]
     in_float: list[str]
     stored_in_float: list[str]
     transposed: frozenset[str]
+    experts: bool = False
 
     def both_names(self, owner: str) -> list[str]:
         return list(dict.fromkeys((owner, self.quantized[owner])))
@@ -44,14 +46,15 @@ def find_modules(checkpoint: Checkpoint) -> Modules:
     matrices = [entry.name.removesuffix(".weight") for entry in entries if not isinstance(entry.kind, QuantSpec)]
     if model is None:
         return Modules({owner: owner for owner in checkpoint.packed}, matrices, matrices, frozenset())
-    in_memory = _resolver(model)
-    quantized = {owner: in_memory(owner) or owner for owner in checkpoint.packed}
+    in_memory, parameter_of = _resolvers(model)
+    quantized = {owner: in_memory(owner) or parameter_of(owner) or owner for owner in checkpoint.packed}
+    fused = {parameter_of(owner).rpartition(".")[0] for owner in checkpoint.packed}  # modules of experts, of which the file has one by one
     modules = dict(model.named_modules())
     stored = [name for name in matrices if not isinstance(modules.get(in_memory(name) or name), nn.Embedding)]
     taken = set(quantized.values())
-    in_float = [name for name, module in modules.items() if name not in taken and _holds_a_matrix(name, module)]
+    in_float = [name for name, module in modules.items() if name not in taken | fused and _holds_a_matrix(name, module)]
     transposed = frozenset(owner for owner, name in quantized.items() if _kind(modules.get(name)) is compat.Conv1D)
-    return Modules(quantized, in_float, stored, transposed)
+    return Modules(quantized, in_float, stored, transposed, bool(fused - {""}))
 
 
 def _empty(checkpoint: Checkpoint) -> Any:
@@ -61,20 +64,25 @@ def _empty(checkpoint: Checkpoint) -> Any:
         return None
 
 
-def _resolver(model: Any) -> Callable[[str], str | None]:
-    """Name of a module on disk -> its name in memory; None where it is fused with others, or not there."""
+def _resolvers(model: Any) -> tuple[Callable[[str], str | None], Callable[[str], str]]:
+    """Name of a module on disk -> its name in memory, None where it is fused with others, or not there; and -> the parameter it is fused
+    into, "" where it is not."""
     known = model.state_dict() | {f"{name}.weight": None for name, module in model.named_modules() if isinstance(module, AwqLinear)}
     resolve = compat.resolver(model)
 
     def in_memory(owner: str) -> str | None:
-        name, operations = resolve(f"{owner}.weight", known)
-        return name.removesuffix(".weight") if operations is None and name in known else None
+        name, conversion = resolve(f"{owner}.weight", known)
+        return name.removesuffix(".weight") if conversion is None and name in known else None
 
-    return in_memory
+    def parameter_of(owner: str) -> str:
+        name, conversion = resolve(f"{owner}.weight", known)
+        return "" if conversion is None else name
+
+    return in_memory, parameter_of
 
 
 def _holds_a_matrix(name: str, module: nn.Module) -> bool:
-    if isinstance(module, (nn.Embedding, AwqLinear)):
+    if isinstance(module, (nn.Embedding, PackedModule)):
         return False
     in_a_block = any(part.isdigit() for part in name.split("."))
     return isinstance(module, nn.Linear) or is_matrix(module) or (in_a_block and any(p.ndim > 1 for p in module.parameters(recurse=False)))

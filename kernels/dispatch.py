@@ -256,3 +256,12 @@ def experts_linear(
         return linear(some, [part[e] for part in weight], None if bias is None else bias[e], out_features, groups, bits, layout)
 
     return chunked.by_expert(x, offsets, out_features, multiply)
+
+
+def experts_input_grad(dy: Tensor, offsets: Tensor, weight: Parts, in_features: int, groups: int, bits: int, layout: str) -> Tensor:
+    """dx[t] = dy[t] W[e]: the gradient of `experts_linear` with respect to its input, expert by expert. dy: [tokens, out]."""
+
+    def multiply(some: Tensor, e: int) -> Tensor:
+        return input_grad(some, [part[e] for part in weight], in_features, groups, bits, layout)
+
+    return chunked.by_expert(dy, offsets, in_features, multiply)

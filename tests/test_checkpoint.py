@@ -131,21 +131,6 @@ def moe(random_model: Callable[..., Any]) -> Any:
     return random_model(transformers.Qwen3MoeConfig(**SIZES, **experts))
 
 
-def test_quantized_experts_are_refused(moe: Any, write_awq: Callable[..., Any], tmp_path: Path) -> None:
-    parts = [f"{e}.{p}" for e in range(4) for p in ("gate_proj", "up_proj", "down_proj")]
-    experts: dict[str, Tensor | None] = {
-        f"model.layers.{layer}.mlp.experts.{part}.{suffix}": torch.zeros(1, dtype=torch.int32)
-        for layer in range(2)
-        for part in parts
-        for suffix in ("qweight", "qzeros", "scales")
-    }
-    experts |= {f"model.layers.{layer}.mlp.experts.{part}": None for layer in range(2) for part in ("gate_up_proj", "down_proj")}
-    write_awq(moe, tmp_path / "m", "self_attn", changes=experts)
-    told = r"layers.0.mlp.experts.0.down_proj.qweight belongs to experts .*Qwen3MoeForCausalLM.* fused experts are not supported yet"
-    with pytest.raises(ValueError, match=told):
-        load(tmp_path / "m")
-
-
 def test_experts_in_float_beside_quantized_attention(moe: Any, write_awq: Callable[..., Any], tmp_path: Path) -> None:
     """The float experts come one by one in the file, and transformers fuses them."""
     changes: dict[str, Tensor | None] = {}

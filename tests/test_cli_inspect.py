@@ -98,7 +98,10 @@ def test_what_there_is_several_times(inspect: Callable[..., Any], random_model: 
     random_model(transformers.Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)).save_pretrained(
         tmp_path
     )
-    assert "model.layers.*.mlp.experts (x 2)" in lines_of(inspect(tmp_path, "--group-size", 32))
+    lines = lines_of(inspect(tmp_path, "--group-size", 32))
+    assert "model.layers.*.mlp.gate (x 2)" in lines
+    assert "mlp.experts.gate_up_proj 4 x 64 x 64 2 post_attention_layernorm 4.62" in lines
+    assert "model.layers.*.mlp.experts (x 2)" in lines_of(inspect(tmp_path, "--group-size", 32, "--skip", "mlp.experts"))
 
 
 def test_an_awq_checkpoint(inspect: Callable[..., Any], quantized_dir: Path) -> None:

@@ -49,9 +49,10 @@ def test_layers_that_stay_float_keep_the_function(
 
 def test_fused_experts_that_stay_float_are_reported(random_model: Callable[..., Any], small_config: Callable[..., Any]) -> None:
     config = transformers.Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    quantized = awq_hf.quantize(random_model(config), small_config())
-    for index in range(2):
-        assert any(name.startswith(f"model.layers.{index}.mlp.experts") for name in quantized.awq_report.left_in_float)
+    for skip, told in (("experts", "modules_to_not_convert"), ("down_proj", "modules_to_not_convert or overrides name some")):
+        quantized = awq_hf.quantize(random_model(config), small_config(modules_to_not_convert=[skip]))
+        for index in range(2):
+            assert quantized.awq_report.left_in_float[f"model.layers.{index}.mlp.experts"].startswith(told)
 
 
 def test_keys_and_values_that_later_blocks_share_are_handed_on(

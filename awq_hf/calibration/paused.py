@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from awq_hf.calibration.stream import Call, input_hooks
 from awq_hf.parallel import workers
@@ -23,14 +23,14 @@ class PausedForwards:
     that waits most of the time; as many compute at once as there are workers. Use as a context manager, which ends them.
     """
 
-    def __init__(self, block: nn.Module, calls: Sequence[Call], names: Sequence[str]) -> None:
-        self._block, self._names = block, names
+    def __init__(self, block: nn.Module, calls: Sequence[Call], names: Sequence[str], routed: Collection[str] = ()) -> None:
+        self._block, self._names, self._routed = block, names, routed
         turns = threading.Semaphore(workers())
         self._forwards = [_Forward(partial(block, *args, **kwargs), turns) for args, kwargs in calls]
 
     def __enter__(self) -> PausedForwards:
         self._hooks = ExitStack()
-        self._hooks.enter_context(input_hooks(self._block, self._names, lambda name, x: _Forward.current().pause((name, x))))
+        self._hooks.enter_context(input_hooks(self._block, self._names, lambda name, x: _Forward.current().pause((name, x)), self._routed))
         for forward in self._forwards:
             forward.start()
         return self
@@ -40,15 +40,15 @@ class PausedForwards:
             forward.end()
         self._hooks.close()
 
-    def inputs(self, name: str) -> list[Tensor | None]:
-        """The input [tokens, in] of the Linear `name` in every call; None where a call does not run it.
+    def inputs(self, name: str) -> list[Any]:
+        """The input [tokens, in] of the Linear `name` (see `input_hooks`) in every call; None where a call does not run it.
 
         Linears are asked for in the order in which they run.
         """
         self._advance()
         return [None if forward.done else self._at(forward, name) for forward in self._forwards]
 
-    def _at(self, forward: _Forward, name: str) -> Tensor:
+    def _at(self, forward: _Forward, name: str) -> Any:
         reached, x = forward.reached
         if reached != name:
             raise RuntimeError(f"{reached} ran where {name} was expected: the block's order of execution changes between calls")

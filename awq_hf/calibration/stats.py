@@ -82,6 +82,19 @@ class Moments:
         result._sums = {name: total / outer for name, total in self._sums.items()}
         return result
 
+    def mixed(self, other: Moments, share: float) -> Moments:
+        """share of these moments and the rest of `other`'s; these alone from a share of 1 on."""
+        if share >= 1:
+            return self
+        result = Moments()
+        result.tokens, result._divided = self.tokens + other.tokens, True
+        for name in other._sums:
+            rest = other._mean(name)
+            own = self._mean(name) if self.tokens else None
+            assert rest is not None
+            result._sums[name] = rest if own is None else share * own + (1 - share) * rest
+        return result
+
 
 class OutputError:
     """E|W' x - W x0|^2 of every output channel for many W' of one W: what they share is computed once.

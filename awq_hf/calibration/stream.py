@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from awq_hf.calibration.data import Batch
 from awq_hf.parallel import in_parallel
@@ -121,16 +121,23 @@ def calling_order(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> list
 
 
 @contextmanager
-def input_hooks(block: nn.Module, names: Sequence[str], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call seen(name, input [tokens, in]) whenever one of the named Linears is about to run."""
+def input_hooks(block: nn.Module, names: Sequence[str], seen: Callable[[str, Any], None], routed: Collection[str] = ()) -> Iterator[None]:
+    """Call seen(name, input [tokens, in]) whenever one of the named Linears is about to run.
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen(name, args[0].reshape(-1, args[0].shape[-1]))
+    routed: those of them that are experts, for which it is (input, the experts of each token [tokens, k]).
+    """
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = [*args, *kwargs.values()]
+            x = values[0].reshape(-1, values[0].shape[-1])
+            if name in routed:
+                x = (x, next(value for value in values[1:] if not value.is_floating_point()))
+            seen(name, x)
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
     try:
         yield
     finally:
@@ -138,14 +145,16 @@ def input_hooks(block: nn.Module, names: Sequence[str], seen: Callable[[str, Ten
             handle.remove()
 
 
-def capture_inputs(block: nn.Module, calls: Sequence[Call], names: Sequence[str]) -> list[tuple[dict[str, Tensor], Any]]:
-    """For each call: the inputs of the named Linears, [tokens, in] each, and what the block returned."""
+def capture_inputs(
+    block: nn.Module, calls: Sequence[Call], names: Sequence[str], routed: Collection[str] = ()
+) -> list[tuple[dict[str, Any], Any]]:
+    """For each call: the inputs of the named Linears, [tokens, in] each (see `input_hooks`), and what the block returned."""
     current = threading.local()  # calls run side by side and share the hooks
 
-    def one(call: Call) -> tuple[dict[str, Tensor], Any]:
+    def one(call: Call) -> tuple[dict[str, Any], Any]:
         current.inputs = {}
         output = block(*call[0], **call[1])
         return current.inputs, output
 
-    with input_hooks(block, names, lambda name, x: current.inputs.__setitem__(name, x)):
+    with input_hooks(block, names, lambda name, x: current.inputs.__setitem__(name, x), routed):
         return in_parallel(one, calls)

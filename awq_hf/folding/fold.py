@@ -71,6 +71,11 @@ def divided_parameters(fold: FoldPoint, producer: nn.Module, scales: Tensor) -> 
     return parameters
 
 
+def reading_parameter(module: nn.Module) -> str:
+    """The name of the parameter [.., in] that multiplies a consumer's input: a Linear's or router's weight, or that of fused experts."""
+    return "gate_up_proj" if "gate_up_proj" in module._parameters else "weight"
+
+
 def multiplied_weight(weight: Tensor, scales: Tensor) -> Tensor:
-    """A consumer's weight [out, in] with its input channels multiplied by `scales` [in]."""
+    """A consumer's weight [.., in] with its input channels multiplied by `scales` [in]."""
     return (weight.to(torch.float32) * scales).to(weight.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from awq_hf.folding.fold import FoldPoint, Gain, divided_parameters, multiplied_weight, weight_of
+from awq_hf.folding.fold import FoldPoint, Gain, divided_parameters, multiplied_weight, reading_parameter, weight_of
 
 TOLERANCE = 1e-5  # of a channel's largest value; powers of two are exact but for 1 + w norms, and a wrong fold is off by its whole share
 
@@ -34,7 +34,8 @@ class _Run:
 class BlockProbe:
     """A float32 copy of a block with one call's arguments, and the experiments that can be made on it.
 
-    block: a decoder layer with real weights; args, kwargs: one recorded call; linears: names of the Linears that may be quantized.
+    block: a decoder layer with real weights; args, kwargs: one recorded call; linears: names of the Linears that may be quantized,
+    and of what else multiplies its input by a weight: experts, routers.
     """
 
     def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], linears: Iterable[str]) -> None:
@@ -54,24 +55,25 @@ class BlockProbe:
         run, handles = _Run(), []
 
         def on_input(name: str):  # type: ignore[no-untyped-def]
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = [*args, *kwargs.values()][0]
                 run.order.append(f"> {name}")
-                run.raw_inputs[name] = args[0]
-                run.inputs[name] = args[0].reshape(-1, args[0].shape[-1])
+                run.raw_inputs[name] = x
+                run.inputs[name] = x.reshape(-1, x.shape[-1])
 
             return hook
 
         def on_output(name: str):  # type: ignore[no-untyped-def]
             def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
                 run.order.append(name)
-                if exponents is not None and name in exponents:
+                if exponents is not None and name in exponents and isinstance(output, Tensor):  # a router may give several
                     return output * torch.exp2(exponents[name].to(output))
                 return None
 
             return hook
 
         for name in self.linears:
-            handles.append(self.block.get_submodule(name).register_forward_pre_hook(on_input(name)))
+            handles.append(self.block.get_submodule(name).register_forward_pre_hook(on_input(name), with_kwargs=True))
         for name in self.producers:
             handles.append(self.block.get_submodule(name).register_forward_hook(on_output(name)))
         try:
@@ -168,7 +170,8 @@ def verify(probe: BlockProbe, folds: Iterable[FoldPoint], seed: int = 0) -> bool
         for parameter, value in divided_parameters(fold, stand_in, scales).items():
             parameters[f"{fold.producer}.{parameter}"] = value
         for consumer in fold.consumers:
-            parameters[f"{consumer}.weight"] = multiplied_weight(current(consumer, "weight"), scales[fold.channel_map])
+            read = reading_parameter(probe.block.get_submodule(consumer))
+            parameters[f"{consumer}.{read}"] = multiplied_weight(current(consumer, read), scales[fold.channel_map])
     return not parameters or probe.output_is_unchanged(parameters)
 
 

@@ -14,7 +14,7 @@ from awq_hf.config import AwqConfig
 from awq_hf.inspection.forecast import starred
 from awq_hf.inspection.kernel_use import KernelUse, kernel_uses
 from awq_hf.inspection.source import Source, stored_bytes
-from awq_hf.linear import AwqLinear
+from awq_hf.linear import PackedModule
 from awq_hf.model_cards.summary import loss_ratio
 
 _PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
@@ -77,8 +77,8 @@ def read_contents(source: Source, dtype: str, device: str) -> Contents:
         owner, _, part = name.rpartition(".")
         packed = owner in owners and part in _PACKED
         sizes["quantized" if packed else "embeddings" if name in heads else "other"] += stored_bytes(info)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, AwqLinear)}
-    weights = sum(module.in_features * module.out_features for module in linears.values())
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    weights = sum(module.matrices * module.in_features * module.out_features for module in linears.values())
     return Contents(
         model=source.name,
         class_name=type(model).__name__,
@@ -113,7 +113,7 @@ def _float_modules(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if not isinstance(module, (AwqLinear, nn.Embedding)) and any(p.ndim > 1 for p in module.parameters(recurse=False))
+        if not isinstance(module, (PackedModule, nn.Embedding)) and any(p.ndim > 1 for p in module.parameters(recurse=False))
     ]
 
 

@@ -33,12 +33,17 @@ PROBE_FORWARDS = 60  # of the search for folds in a block with the usual ten pro
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that share an input. rows: out_features of those to be quantized; outputs: of all of them; folded: scales are searched."""
+    """Linears that share an input. rows: out_features of those to be quantized; outputs: of all of them; folded: scales are searched.
+
+    Of experts it is one of `count`, which a `share` of the tokens reaches; their inputs are computed when they are needed.
+    """
 
     in_features: int
     rows: tuple[int, ...]
     outputs: int
     folded: bool
+    share: float = 1.0
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def peak_memory(
     working = {
         "hidden states": streams * tokens * hidden * itemsize,
         # run_float keeps the inputs of all groups of a block until they are rounded.
-        "inputs of a block's Linears": max(sum(tokens * g.in_features for g in b.groups) for b in blocks) * itemsize,
+        "inputs of a block's Linears": max(sum(tokens * g.in_features for g in b.groups if g.count == 1) for b in blocks) * itemsize,
         "forwards under way": max(_paused(b.groups, tokens, hidden) for b in blocks) * itemsize if recipe.stream == "quantized" else 0,
         # The probe's float32 copy of a block is gone before the first statistic is summed.
         "statistics and rounding": max(max([4 * b.parameters, *(_rounding(g, recipe, rows) for g in b.groups)]) for b in blocks),
@@ -87,6 +92,7 @@ def peak_memory(
 def _paused(groups: tuple[Group, ...], tokens: int, hidden: int) -> int:
     """Elements that the paused calls of a block hold: the residual and the normed hidden states, what went into the next Linears, and
     what the ones before them put out (queries, keys and values while the output projection waits)."""
+    groups = tuple(g for g in groups if g.count == 1)
     before = [0, *(g.outputs for g in groups)]
     return max((tokens * (2 * hidden + g.in_features + outputs) for g, outputs in zip(groups, before, strict=False)), default=0)
 
@@ -157,11 +163,11 @@ def block_work(block: BlockCost, recipe: Recipe, threads: int | None) -> Work:
     each = Work(model_flops=2 * block.active * tokens * streams) + probe_forward * 5  # a baseline, verified; a step on; before and after
     for group in block.groups:
         if group.rows:
-            each += _group_work(group, recipe, tokens, threads)
+            each += _group_work(group, recipe, tokens * group.share, threads) * group.count
     return found + each * block.count
 
 
-def _group_work(group: Group, recipe: Recipe, tokens: int, threads: int | None) -> Work:
+def _group_work(group: Group, recipe: Recipe, tokens: float, threads: int | None) -> Work:
     k, R = float(group.in_features), float(sum(group.rows))  # noqa: N806
     held, width = tokens / HELD_OUT, k if recipe.spec.group_size == -1 else min(k, recipe.spec.group_size)
     quantized = recipe.stream == "quantized"

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from awq_hf.blocks import block_signature, find_blocks, matrices_of
+from awq_hf.blocks import block_signature, experts_of, find_blocks, matrices_of, routers_of
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stream import BlockStream
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.matrices import as_linear
 from awq_hf.parallel import one_thread_each
 from awq_hf.pipeline import PROBE_TOKENS, Progress
+from awq_hf.preflight import Plan
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class BlockFolds:
 
 
 def find_folds(
-    directory: Path, empty: Any, dtype: torch.dtype, device: str, progress: Progress | None
+    directory: Path, empty: Any, plan: Plan, dtype: torch.dtype, device: str, progress: Progress | None
 ) -> tuple[dict[Any, BlockFolds], dict[int, str]]:
     """Probe one block of each signature. empty: the model on the meta device.
 
@@ -54,7 +55,7 @@ def find_folds(
     for index, signature in progress(signatures.items(), desc="Looking for folds", unit="block") if progress else signatures.items():
         try:
             with one_thread_each():  # as in a run
-                found[signature] = _probe(stream, index)
+                found[signature] = _probe(stream, index, any(name.startswith(f"{prefix}.{index}.") for name in plan.experts))
         except Exception as error:  # raised by the model's own code
             failed[index] = f"{type(error).__name__}: {error}"
     return found, failed
@@ -67,13 +68,13 @@ def _random_batch(model: Any) -> Batch:
     return Batch(torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)), None, held_out=False)
 
 
-def _probe(stream: BlockStream, index: int) -> BlockFolds:
+def _probe(stream: BlockStream, index: int, with_experts: bool) -> BlockFolds:
     began, block = time.perf_counter(), stream.blocks[index]
     calls = stream.calls(index)
     matrices = matrices_of(block)
     for name, module in matrices.items():
         block.set_submodule(name, as_linear(module))  # as in a run
-    probe = BlockProbe(block, *calls[0], matrices)
+    probe = BlockProbe(block, *calls[0], matrices | (experts_of(block) | routers_of(block) if with_experts else {}))
     folds = discover(probe)
     stream.advance(index, calls)
     return BlockFolds(index, probe.groups_run_once(), probe.not_run_once(), folds, time.perf_counter() - began)

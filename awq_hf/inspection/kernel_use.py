@@ -9,7 +9,7 @@ import torch
 
 from awq_hf.inspection.forecast import starred
 from awq_hf.kernels.dispatch import by_tokens, choose_layout
-from awq_hf.linear import AwqLinear
+from awq_hf.linear import PackedModule
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class KernelUse:
     reason: str | None
 
 
-def kernel_uses(linears: Mapping[str, AwqLinear], dtype: torch.dtype, device: str) -> list[KernelUse]:
+def kernel_uses(linears: Mapping[str, PackedModule], dtype: torch.dtype, device: str) -> list[KernelUse]:
     alike: dict[tuple[object, ...], tuple[dict[int, str], str | None, list[str]]] = {}
     for name, module in linears.items():
         problem = replace(module.problem(1, dtype), device=torch.device(device).type)

@@ -47,7 +47,13 @@ def _table(found: Forecast) -> Table:
     for kind in found.kinds:
         fold = kind.fold or ("none" if kind.probed else "?")
         bits = "float" if kind.bits_per_weight is None else f"{kind.bits_per_weight:.2f}"
-        table.add_row(kind.name, f"{kind.shape[0]} x {kind.shape[1]}", str(kind.count), fold, bits)
+        table.add_row(
+            kind.name,
+            ("" if kind.experts == 1 else f"{kind.experts} x ") + f"{kind.shape[0]} x {kind.shape[1]}",
+            str(kind.count),
+            fold,
+            bits,
+        )
     return table
 
 

@@ -233,17 +233,21 @@ def test_names_on_disk_and_in_memory_are_both_left_out(random_model: Callable[..
     assert not any("language_model" in name and "layers" in name for name in ignore)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
 def test_routers_are_left_out_by_name_and_experts_by_a_pattern(
-    random_model: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path
+    quantized: bool, random_model: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path
 ) -> None:
     sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    model = plain(random_model(Qwen3MoeConfig(**sizes, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)))
+    model = random_model(Qwen3MoeConfig(**sizes, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
+    model = plain(model, modules_to_not_convert=None if quantized else ["mlp.experts"])
     for target in ("compressed-tensors", "gptq"):
         awq_hf.export(model, target, tmp_path / target)
     ignore = config(tmp_path / "compressed-tensors")["quantization_config"]["ignore"]
-    assert set(ignore) == {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts", r"re:.*\.experts\..*"}
+    left_out = set() if quantized else {"model.layers.0.mlp.experts", r"re:.*\.experts\..*"}
+    assert set(ignore) == {"lm_head", "model.layers.0.mlp.gate"} | left_out
     rules = config(tmp_path / "gptq")["quantization_config"]["dynamic"]
-    assert rules.keys() == {r"-:^model\.layers\.0\.mlp\.gate$", r"-:^model\.layers\.0\.mlp\.experts$", r"-:.*\.experts\..*"}
+    left_out = set() if quantized else {r"-:^model\.layers\.0\.mlp\.experts$", r"-:.*\.experts\..*"}
+    assert rules.keys() == {r"-:^model\.layers\.0\.mlp\.gate$"} | left_out
 
 
 def test_gptq_has_rules_for_modules_that_differ(tiny_llama: Callable[..., Any], plain: Callable[..., Any], tmp_path: Path) -> None:

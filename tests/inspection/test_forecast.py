@@ -73,7 +73,7 @@ def test_what_it_says_is_what_a_run_does(checkpoint: Path, small_config: Callabl
     packed = {name: source.stored_bytes(info) for name, info in stored.items() if name.endswith((".qweight", ".qzeros", ".scales"))}
     assert sum(said.result_bytes.values()) == sum(map(source.stored_bytes, stored.values()))
     assert said.result_bytes["quantized"] == sum(packed.values())
-    assert said.result_bits_per_weight == 8 * sum(packed.values()) / sum(math.prod(layer.shape) for layer in report.layers)
+    assert said.result_bits_per_weight == 8 * sum(packed.values()) / sum(layer.experts * math.prod(layer.shape) for layer in report.layers)
     assert said.bytes_on_disk == sum(map(source.stored_bytes, read_headers([str(checkpoint / "model.safetensors")]).values()))
     assert said.parameters == sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
     assert (said.class_name, said.dtype, said.block_count, said.refusal) == (type(model).__name__, "bfloat16", 2, None)

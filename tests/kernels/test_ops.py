@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -122,3 +123,14 @@ def test_experts(layout: str, with_bias: bool) -> None:
         terms = [share[t, i] * (x[t] @ dense[e].T + (0 if bias is None else bias[e])) for i, e in enumerate(ids[t].tolist())]
         torch.testing.assert_close(y[t], terms[0] + terms[1], rtol=1e-4, atol=1e-3)
     torch.library.opcheck(ops.experts_linear, arguments)
+    x = arguments[0].detach().requires_grad_()
+    dy = torch.randn(10, 24, generator=generator)
+    ops.experts_linear(x, *arguments[1:]).backward(dy)
+    expected = torch.cat([dy[a:b] @ dense[e] for e, (a, b) in enumerate(pairwise(offsets.tolist()))])
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-3)
+    torch.library.opcheck(ops.experts_input_grad, (dy, offsets, parts, 64, 2, 4, layout))
+    if bias is not None:
+        bias.requires_grad_()
+        ops.experts_linear(arguments[0], offsets, parts, bias, *arguments[4:]).backward(dy)
+        sums = torch.stack([dy[a:b].sum(0) for a, b in pairwise(offsets.tolist())])
+        torch.testing.assert_close(bias.grad, sums)

@@ -100,7 +100,9 @@ def test_commands_name_what_is_there(repository: Path, repo_id: str | None) -> N
     """Of a card without a repository, paths are relative to the directory above."""
     lines = [shlex.split(line) for block in blocks(make_readme(repository, repo_id), "bash") for line in block.splitlines()]
     programs = [line[0] for line in lines]
-    assert programs == ["vllm", "python3", *(["hf"] if repo_id else []), "vllm", "llama-cli", *(["ollama"] if repo_id else [])]
+    hub = bool(repo_id)
+    assert programs == ["vllm", "python3", *["hf"] * hub, "vllm", "llama-cli", *["ollama"] * hub, "awq-hf"]
+    assert lines[-1] == ["awq-hf", "quantize", "--recipe", "recipe.yaml", "OUT"] and (repository / "recipe.yaml").is_file()
     places = {line[0]: line for line in lines}
     if repo_id is None:
         above = repository.parent
