@@ -53,7 +53,7 @@ def test_every_method_gives_storable_codes_and_leaves_its_arguments_alone(method
     weight, h = torch.randn(5, 96), correlated(96)
     grid = choose_grid(weight, spec)
     before = [t.clone() for t in (weight, h, grid.scales, grid.zero_points)]
-    codes, found = ROUNDERS[method](weight, grid, h)
+    codes, found = ROUNDERS[method](weight, grid, h, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, (weight, h, grid.scales, grid.zero_points), strict=True))
     assert codes.shape == weight.shape and torch.equal(codes, codes.round())
     assert codes.min() >= 0 and codes.max() <= spec.max_code
@@ -65,7 +65,7 @@ def test_every_method_gives_storable_codes_and_leaves_its_arguments_alone(method
 def test_every_method_keeps_a_weight_that_is_on_the_grid(method: str) -> None:
     weight = torch.arange(-7, 9).repeat(4, 2) * torch.tensor([[1.0], [0.5], [8.0], [2.0**-9]])
     grid = choose_grid(weight, QuantSpec(4, 16))
-    codes, found = ROUNDERS[method](weight, grid, correlated(32))
+    codes, found = ROUNDERS[method](weight, grid, correlated(32), 0.0)
     assert torch.equal(dequantize(codes, found), weight)
 
 
@@ -74,7 +74,7 @@ def test_every_method_keeps_a_weight_that_is_on_the_grid(method: str) -> None:
 def test_every_method_keeps_zero_groups_zero(method: str, weight_value: float) -> None:
     weight = torch.cat([torch.full((3, 16), weight_value), torch.linspace(-1, 1, 48).view(3, 16)], 1)
     h = torch.eye(32)
-    codes, found = ROUNDERS[method](weight, choose_grid(weight, QuantSpec(4, 16)), h)
+    codes, found = ROUNDERS[method](weight, choose_grid(weight, QuantSpec(4, 16)), h, 0.0)
     assert torch.equal(dequantize(codes, found)[:, :16], torch.zeros(3, 16))
 
 
@@ -84,9 +84,9 @@ def test_every_method_survives_channels_that_are_always_zero(method: str) -> Non
     weight, h = torch.randn(6, 48), correlated(48)
     h[5], h[:, 5] = 0, 0
     h[40], h[:, 40] = 0, 0
-    codes, found = ROUNDERS[method](weight, choose_grid(weight, QuantSpec(4, 16)), h)
+    codes, found = ROUNDERS[method](weight, choose_grid(weight, QuantSpec(4, 16)), h, 0.0)
     assert bool(torch.isfinite(dequantize(codes, found)).all())
-    zero_codes, _ = ROUNDERS[method](weight, choose_grid(weight, QuantSpec(4, 16)), torch.zeros(48, 48))
+    zero_codes, _ = ROUNDERS[method](weight, choose_grid(weight, QuantSpec(4, 16)), torch.zeros(48, 48), 0.0)
     assert bool(((zero_codes - quantize(weight, choose_grid(weight, QuantSpec(4, 16)))).abs() <= 1).all())
 
 
@@ -116,7 +116,7 @@ def test_gptq_is_better_than_nearest_and_descent_never_worse_than_gptq(spec: Qua
         torch.manual_seed(seed)
         weight, h = torch.randn(8, 192), correlated(192, seed)
         grid = choose_grid(weight, spec)
-        nearest, gptq, descent = (error(*ROUNDERS[m](weight, grid, h), weight, h) for m in ("nearest", "gptq", "descent"))
+        nearest, gptq, descent = (error(*ROUNDERS[m](weight, grid, h, 0.0), weight, h) for m in ("nearest", "gptq", "descent"))
         assert gptq.sum() < 0.9 * nearest.sum()
         assert bool((descent <= gptq * (1 + 1e-4)).all()), "row by row"
         assert descent.sum() < gptq.sum()
@@ -203,4 +203,4 @@ def test_an_unusable_statistic_is_an_error_of_its_own(method: str, bad: float) -
     h = torch.eye(16)
     h[3, 3] = bad
     with pytest.raises(RoundingFailed, match="not positive definite"):
-        ROUNDERS[method](torch.randn(2, 16), choose_grid(torch.randn(2, 16), QuantSpec(4, 16)), h)
+        ROUNDERS[method](torch.randn(2, 16), choose_grid(torch.randn(2, 16), QuantSpec(4, 16)), h, 0.0)
