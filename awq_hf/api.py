@@ -39,18 +39,24 @@ def quantize(
     config: AwqConfig | None = None,
     tokenizer: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     **load_options: Any,
 ) -> PreTrainedModel:
     """Quantize a model and return it; with `output_dir`, also write weights, config, tokenizer, report.json and recipe.yaml there.
 
-    model: a directory, a Hub id, or a float model in memory, which is quantized in place. tokenizer: for the calibration
-    text, where the one beside the model is not to be used. load_options go to from_pretrained (dtype, device_map, revision, ...).
+    model: a directory, a Hub id, or a float model in memory, which is quantized in place. tokenizer: for the calibration text, where the
+    one beside the model is not to be used. resume: keep finished blocks in `output_dir`.progress until the result is written, and go on
+    from those that an interrupted run with resume left there; the result is the same to the last bit. load_options go to from_pretrained
+    (dtype, device_map, revision, ...).
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
     target = None if output_dir is None else check_output(output_dir)
+    if resume and target is None:
+        raise ValueError("resume keeps finished blocks beside the output; give output_dir")
     kind = None if isinstance(model, PreTrainedModel) else check_model(model, load_options)
     config = copy.copy(config or AwqConfig())
     config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
+    config.keep_in = target.with_name(f"{target.name}.progress") if resume and target is not None else None
     if isinstance(model, PreTrainedModel):
         if load_options:
             raise TypeError(f"{', '.join(load_options)}: options for loading have no use with a model that is in memory")
@@ -64,6 +70,8 @@ def quantize(
         about = quantized.awq_report.base_model
         beside = tokenizer or config.tokenizer or quantized.name_or_path
         save(quantized, target, beside, lambda directory: write_recipe(directory, about, config, run, notes))
+    if config.keep_in is not None:
+        shutil.rmtree(config.keep_in)
     return quantized
 
 

@@ -81,7 +81,7 @@ class AwqHfQuantizer(HfQuantizer):
             return model
         assert self.windows is not None and self.recipe is not None
         self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
-        report = quantize_model(model, self.recipe, self.windows, compat.progress_bar)
+        report = quantize_model(model, self.recipe, self.windows, compat.progress_bar, self.quantization_config.keep_in)
         report.base_model = base_model.describe(model.config.name_or_path or "", getattr(model.config, "_commit_hash", None))
         quantized, left = [layer.name for layer in report.layers], list(report.left_in_float)
         if any(isinstance(module, AwqExperts) for module in model.modules()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from awq_hf.parallel import one_thread_each
 from awq_hf.preflight import Plan, check_calls, check_weights, make_plan
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
+from awq_hf.resume import KeptBlocks, digest_of, run_again
 
 PROBE_TOKENS = 96  # of the first window: enough for every ReLU channel of a small block to wake up
 LARGE = 1 << 22  # weights of a block; what a smaller one leaves behind costs more time to be given back than it is worth
@@ -28,19 +30,29 @@ Progress = Callable[..., Any]  # tqdm or a look-alike
 MakeWork = Callable[..., BlockWork]  # takes BlockWork's arguments
 
 
-def quantize_model(model: nn.Module, recipe: Recipe, windows: Windows, progress: Progress | None = None) -> Report:
+def quantize_model(
+    model: nn.Module, recipe: Recipe, windows: Windows, progress: Progress | None = None, keep_in: Path | None = None
+) -> Report:
     """Replace the Linears of the model's decoder blocks by AwqLinear, in place; returns what happened to each.
 
-    windows: calibration windows, already sampled. Raises ValueError before any work when a layer's shape does not fit, or
+    windows: calibration windows, already sampled. keep_in: a directory for finished blocks; those of an earlier run are taken from there,
+    and it stays (awq_hf/resume.py). Raises ValueError before any work when a layer's shape does not fit, or
     weights are not in memory.
     """
     plan = make_plan(model, recipe)
     check_weights(model, plan)
-    return run(model, recipe, plan, windows, progress)
+    about = {"recipe": recipe.to_dict(), "calibration": _describe(windows), "versions": versions(), "model": type(model).__name__}
+    return run(model, recipe, plan, windows, progress, kept=None if keep_in is None else KeptBlocks(keep_in, about))
 
 
 def run(
-    model: nn.Module, recipe: Recipe, plan: Plan, windows: Windows, progress: Progress | None, make_work: MakeWork = BlockWork
+    model: nn.Module,
+    recipe: Recipe,
+    plan: Plan,
+    windows: Windows,
+    progress: Progress | None,
+    make_work: MakeWork = BlockWork,
+    kept: KeptBlocks | None = None,
 ) -> Report:
     """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block."""
     began, cpu_began = time.perf_counter(), time.process_time()
@@ -51,7 +63,7 @@ def run(
     model.eval()
     try:
         with one_thread_each():
-            _run_blocks(model, recipe, plan, windows, report, progress, make_work)
+            _run_blocks(model, recipe, plan, windows, report, progress, make_work, kept)
     finally:
         model.train(was_training)
     report.notes += _few_tokens(report)
@@ -60,7 +72,14 @@ def run(
 
 
 def _run_blocks(
-    model: nn.Module, recipe: Recipe, plan: Plan, windows: Windows, report: Report, progress: Progress | None, make_work: MakeWork
+    model: nn.Module,
+    recipe: Recipe,
+    plan: Plan,
+    windows: Windows,
+    report: Report,
+    progress: Progress | None,
+    make_work: MakeWork,
+    kept: KeptBlocks | None,
 ) -> None:
     prefix, blocks = find_blocks(model)
     batches = windows.batches(recipe.batch_size)
@@ -71,6 +90,7 @@ def _run_blocks(
     known_folds: dict[Any, Any] = {}
     bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
     for index in bar:
+        digest = "" if kept is None else digest_of(blocks[index])
         work = make_work(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report, plan.experts)
         with report.timed("fold discovery"):
             probe_calls = probe_stream.calls(index)
@@ -79,8 +99,13 @@ def _run_blocks(
         with report.timed("float stream"):
             quantized_calls = quantized_stream.calls(index) if recipe.stream == "quantized" else []
             float_stream.outputs = work.run_float(float_stream.calls(index))
-        work.choose_scales()
-        quantized_stream.outputs = work.round_groups(quantized_calls)
+        if kept is not None and kept.restore(index, digest, work, report):
+            quantized_stream.outputs = run_again(work, quantized_calls)
+        else:
+            work.choose_scales()
+            quantized_stream.outputs = work.round_groups(quantized_calls)
+            if kept is not None:
+                kept.save(index, digest, work, report)
         with report.timed("packing"):
             work.replace(probe_calls[0])
         if progress:

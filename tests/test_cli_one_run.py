@@ -18,6 +18,7 @@ from gguf import GGUFReader
 
 import awq_hf
 from awq_hf import cli
+from awq_hf.block import BlockWork
 from awq_hf.cli import common
 from awq_hf.cli import quantize as quantize_command
 from awq_hf.recipe_file import OPTIONS
@@ -231,6 +232,18 @@ def test_an_export_that_failed_can_be_repeated(target: str, run: Run, model: Pat
     assert list((tmp_path / "out").glob("*.gguf")) or (tmp_path / "out" / "dense" / "model.safetensors").is_file()
 
 
+def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: BlockWork) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockWork, "choose_scales", fail)
+        stopped = run("quantize", model, tmp_path / "out", *PLAIN, "--resume")
+    assert stopped.status == 130 and f"kept in {tmp_path / 'out'}.progress" in stopped.err and (tmp_path / "out.progress").is_dir()
+    assert run("quantize", model, tmp_path / "out", *PLAIN, "--resume").status == 0
+    assert not (tmp_path / "out.progress").exists() and "resume" not in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
 # Recipes
 
 
@@ -285,7 +298,7 @@ def test_recipes_that_lack_what_is_needed(run: Run, no_work: None, model: Path, 
 def test_options_have_the_defaults_and_names_of_the_config() -> None:
     """What --help shows is what happens."""
     parameters = inspect.signature(quantize_command.quantize).parameters
-    given = {name: parameter.default for name, parameter in parameters.items() if name not in ("ctx", "out", "recipe", "as_json")}
+    given = {name: parameter.default for name, parameter in parameters.items() if name not in ("ctx", "out", "recipe", "resume", "as_json")}
     for name, value in dict(common.in_config(*item) for item in given.items()).items():
         assert value in (OPTIONS[name][1], {}), name
 

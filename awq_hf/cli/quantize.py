@@ -106,6 +106,10 @@ def quantize(
     text: Annotated[Path | None, Of(help="Measure on this UTF-8 text, which calibration did not see; default: the embedded one.")] = None,
     push: Annotated[str | None, Of(metavar="REPO", help="Push the result, with its card, to this repository of the Hub.")] = None,
     private: Annotated[bool, Of("--private", help="Create that repository as a private one.")] = False,
+    resume: Annotated[
+        bool,
+        Of("--resume", help="Keep finished blocks in OUT.progress until OUT is written, and go on from those of a run that broke off."),
+    ] = False,
     base_model: Annotated[str | None, Of(metavar="ID", help="Hub id of the original, for the card; where MODEL is a directory.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -126,7 +130,7 @@ class _OneRun:
         from awq_hf.config import AwqConfig
         from awq_hf.recipe_file import OF_RUN, OPTIONS, Run, read_recipe
 
-        file = given.pop("recipe", None)
+        file, self.resume = given.pop("recipe", None), given.pop("resume", False)
         read = {} if file is None else read_recipe(file)
         if "out" not in given and "model" in read and "model" in given:  # awq-hf quantize --recipe FILE OUT
             given["out"] = given.pop("model")
@@ -148,9 +152,13 @@ class _OneRun:
         from awq_hf.recipe_file import write_recipe
 
         self.check()
-        model: Any = awq_hf.quantize(
-            self.model, self.config, output_dir=self.out, dtype=self.dtype, device_map=self.device, **self.location
-        )
+        options: dict[str, Any] = dict(output_dir=self.out, resume=self.resume, dtype=self.dtype, device_map=self.device)
+        try:
+            model: Any = awq_hf.quantize(self.model, self.config, **options, **self.location)
+        except (Exception, KeyboardInterrupt):
+            if self.resume:
+                typer.echo(f"Finished blocks are kept in {self.out}.progress; the same command goes on from there.", err=True)
+            raise
         report = model.awq_report
         del model
         gc.collect()

@@ -180,7 +180,7 @@ def test_a_processor(given: str, model: Any, demo_dir: Path, tmp_path: Path, mon
 
     class NoTokenizer:
         @staticmethod
-        def from_pretrained(source: Any) -> Any:
+        def from_pretrained(source: Any, **_options: Any) -> Any:
             raise OSError("no tokenizer.json\nand nothing else")
 
     monkeypatch.setattr(hf_quantizer, "AutoTokenizer", NoTokenizer)

@@ -152,7 +152,7 @@ def test_weights_of_an_earlier_model_make_room(hub: Hub, directory: Path, logits
 def test_dry_run_changes_nothing(hub: Hub, directory: Path, run: Run) -> None:
     done = run("push", directory, REPO, "--dry-run")
     assert done.status == 0 and hub.repos == {}
-    assert re.match(rf"Would upload 6 files \(\d\.\d MB\) to {hub.url}/{REPO}\n  README.md  ", done.out)
+    assert re.match(rf"Would upload 5 files \(\d\.\d MB\) to {hub.url}/{REPO}\n  README.md  ", done.out)
     assert done.out.endswith(f"{REPO} does not exist yet; it would be created.\n")
     hub.create(REPO, files={"config.json": (directory / "config.json").read_bytes(), "README.md": b"# mine\n"})
     done = run("push", directory, REPO, "--dry-run", "--revision", "new", "--json")

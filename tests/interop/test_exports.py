@@ -20,7 +20,9 @@ import torch
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedModel, Qwen3MoeConfig
 
 import awq_hf
-from awq_hf import AwqLinear
+from awq_hf.affine import dequantize_weight
+from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.spec import QuantizedWeight
 
 SIZES = dict(vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 BIASES = dict(attention_bias=True, mlp_bias=True)
@@ -138,8 +140,9 @@ def test_the_package_decompresses_our_weights_and_matches_our_modules(
     name: str, theirs: Callable[..., Any], models: Callable[[str], Any]
 ) -> None:
     found = theirs("decompressor", "compressed-tensors", DECOMPRESSED, COMPRESSED_TENSORS)[name]
-    quantized = sorted((n, module) for n, module in models(name).named_modules() if isinstance(module, AwqLinear))
-    assert np.array_equal(found, torch.cat([module.dequantize(torch.float32).flatten() for _, module in quantized]).numpy())
+    items = open_checkpoint(models(name)).items()  # experts one by one
+    quantized = sorted((n.removesuffix(".weight"), dequantize_weight(value)) for n, value in items if isinstance(value, QuantizedWeight))
+    assert np.array_equal(found, torch.cat([weight.flatten() for _, weight in quantized]).numpy())
 
 
 GPTQ_LOADS = ("asymmetric", "symmetric", "whole-rows", "3-bits", "mixed")  # both formats, every kind of rule; it is slow
