@@ -113,8 +113,8 @@ def _load(work: BlockWork, state: dict[str, Tensor]) -> None:
             tensor.copy_(kept)
     for name, linear in work.linears.items():
         if f"linear.{name}.{PARTS[0]}" in state:
-            parts = [state[f"linear.{name}.{part}"].to(linear.weight.device) for part in PARTS]
-            work.quantized[name] = unpack_weight(*parts, work.specs[name])
+            packed = {part: state[f"linear.{name}.{part}"].to(linear.weight.device) for part in PARTS}
+            work.quantized[name] = unpack_weight(**packed, spec=work.specs[name])
             linear.weight.data.copy_(dequantize_weight(work.quantized[name]))
     for name, experts in work.experts.items():
         for parameter, spec in experts.specs.items():

@@ -37,7 +37,7 @@ class Broken(RuntimeError):
 
 def broken_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the work on the next block fail."""
-    usual, done = BlockWork.choose_scales, []
+    usual, done = BlockWork.choose_scales, list[str]()
 
     def choose_scales(self: BlockWork) -> None:
         if len(done) == blocks:

@@ -152,9 +152,9 @@ class _OneRun:
         from awq_hf.recipe_file import write_recipe
 
         self.check()
-        options: dict[str, Any] = dict(output_dir=self.out, resume=self.resume, dtype=self.dtype, device_map=self.device)
+        options: dict[str, Any] = dict(resume=self.resume, dtype=self.dtype, device_map=self.device, **self.location)
         try:
-            model: Any = awq_hf.quantize(self.model, self.config, **options, **self.location)
+            model: Any = awq_hf.quantize(self.model, self.config, output_dir=self.out, **options)
         except (Exception, KeyboardInterrupt):
             if self.resume:
                 typer.echo(f"Finished blocks are kept in {self.out}.progress; the same command goes on from there.", err=True)

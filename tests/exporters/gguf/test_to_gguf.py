@@ -204,7 +204,8 @@ def test_a_searched_file_is_nearer_to_the_float_model_than_a_plain_one(
     model, tokenizer = build(name)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = dict(type=kind, tokenizer=tokenizer, **QUIET)
-    searched = to_gguf(model, tmp_path / "searched.gguf", config=small_config(samples=32, seq_len=48), **options)
+    tokens = [*torch.randint(3, 90, (64, 48), generator=torch.Generator().manual_seed(0))]
+    searched = to_gguf(model, tmp_path / "searched.gguf", config=small_config(calibration=tokens, samples=64), **options)
     plain = to_gguf(model, tmp_path / "plain.gguf", search=False, **options)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
