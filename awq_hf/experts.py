@@ -150,8 +150,8 @@ def gate_is_linear_in_up(module: nn.Module) -> bool:
     """Whether dividing up's outputs divides what goes into down, channel by channel: not where the gate clamps them, for example."""
     gate: Any = module._apply_gate
     with torch.device("cpu"), torch.no_grad():
-        x = 30 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-        scales = torch.exp2(torch.arange(16) % 5 - 2)  # powers of two, which multiply exactly
+        x = 30 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        scales = torch.exp2(torch.arange(16, dtype=torch.float32) % 5 - 2)  # powers of two, which multiply exactly
         try:
             return torch.equal(gate(torch.cat([x[:, :16], x[:, 16:] * scales], 1)), gate(x) * scales)
         except Exception:  # of the model's own code
@@ -175,18 +175,21 @@ class _Alike:
 
 @functools.lru_cache(maxsize=64)
 def _tried(alike: _Alike) -> str | None:
-    """Compare a small one of random weights with `run_experts`: a gate that is interleaved or clamped elsewhere shows here."""
+    """Compare a small one of random weights with `run_experts`: a gate that is interleaved or clamped elsewhere shows here.
+
+    In float32: while transformers builds a model, the default is the model's dtype.
+    """
     kind = type(alike.module).__name__
     with torch.device("cpu"), torch.no_grad():
         small = _small(alike)
         generator = torch.Generator().manual_seed(0)
         for name in FUSED:
             parameter = small.get_parameter(name)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
         (experts, rows, hidden), out = small.gate_up_proj.shape, small.down_proj.shape[1]
-        x = torch.randn(7, hidden, generator=generator)
+        x = torch.randn(7, hidden, generator=generator, dtype=torch.float32)
         index = torch.rand(7, experts, generator=generator).argsort(1)[:, :2]
-        share = torch.rand(index.shape, generator=generator)
+        share = torch.rand(index.shape, generator=generator, dtype=torch.float32)
         gate_up: Multiply = lambda some, offsets: by_expert(some, offsets, rows, lambda x, e: x @ small.gate_up_proj[e].T)  # noqa: E731
         down: Multiply = lambda some, offsets: by_expert(some, offsets, out, lambda x, e: x @ small.down_proj[e].T)  # noqa: E731
         try:
@@ -209,6 +212,6 @@ def _small(alike: _Alike) -> Any:
     for name, value in vars(alike.module).items():
         if type(value) is int and value in wanted:
             setattr(small, name, wanted[value])
-    small.gate_up_proj = nn.Parameter(torch.empty(wanted[experts], wanted[2 * inner], wanted[hidden]))
-    small.down_proj = nn.Parameter(torch.empty(wanted[experts], wanted[hidden], wanted[inner]))
+    small.gate_up_proj = nn.Parameter(torch.empty(wanted[experts], wanted[2 * inner], wanted[hidden], dtype=torch.float32))
+    small.down_proj = nn.Parameter(torch.empty(wanted[experts], wanted[hidden], wanted[inner], dtype=torch.float32))
     return small

@@ -60,6 +60,8 @@ def measure(
     config = AutoConfig.from_pretrained(original, **where)
     tokenizer = AutoTokenizer.from_pretrained(original, **where)
     kind, options = class_of(config.architectures), dict(dtype=dtype, device_map=device_map)
+    if not getattr(kind, "can_generate", lambda: True)():
+        raise ValueError(f"{original} is a {kind.__name__}, which does not predict the next token: it cannot be measured so")
     width = seq_len or min(SEQ_LEN, getattr(config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN)
 
     load_windows(texts, tokenizer, width, role="evaluation")  # what is wrong with it is said before a model is loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from awq_hf.api import save
-from awq_hf.exporters.hub import CARD, MakeCard, PushResult, find_repository, push_directory
+from awq_hf.exporters.hub import CARD, MakeCard, PushResult, check_not_original, find_repository, push_directory
+from awq_hf.report import REPORT_NAME
 
 
 def push_to_hub(
@@ -47,12 +49,23 @@ def push_to_hub(
     if isinstance(model, (str, os.PathLike)):
         if save_options:
             raise TypeError(f"{', '.join(save_options)}: options for saving have no use with a directory")
+        if revision in (None, "main") and not create_pr:
+            check_not_original(target.repo_id, _original(Path(model)))
         return push_directory(model, target, make_card=card_for(Path(model), base_model, overwrite_card), **rest)
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     with TemporaryDirectory() as room:
         directory = Path(room) / "model"
         save(model, directory, getattr(config, "tokenizer", None) or model.name_or_path, **save_options)
         return push_directory(directory, target, make_card=card_for(directory, base_model, overwrite_card), **rest)
+
+
+def _original(directory: Path) -> str:
+    """The Hub id of the model that was quantized, as report.json has it; or nothing."""
+    try:
+        said = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))["base_model"]
+        return "" if said["local"] else str(said["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def card_for(directory: Path, base_model: str | None, overwrite: bool) -> MakeCard:

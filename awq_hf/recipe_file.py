@@ -114,12 +114,12 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(matches(k, arguments[0]) and matches(v, arguments[1]) for k, v in value.items())
     if hint is type(None):
         return value is None
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _called(hint: Any) -> str:
     """An annotation, for a person."""
-    names = {int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_called, get_args(hint)))
     if get_origin(hint) is Mapping:
@@ -141,6 +141,8 @@ def write_recipe(directory: Path, base_model: Mapping[str, Any], config: AwqConf
         notes = (*notes, "The model was a directory; if it is not in the one you are in: awq-hf quantize --recipe recipe.yaml MODEL OUT")
     if _is_path(config.calibration):
         notes = (*notes, f"{chosen['calibration']} is needed for that; report.json has the digest of the tokens that were drawn from it.")
+    if _is_path(run.text):
+        notes = (*notes, f"{chosen['text']} is needed to measure again; evaluation.json has the digest of its tokens.")
     kept = {name: chosen[name] for name in OPTIONS if chosen.get(name) is not None and name not in ("push", "private")}
     comment = "".join(f"# {line}\n" for line in ("Repeat this run:  awq-hf quantize --recipe recipe.yaml OUT", *notes))
     path = directory / RECIPE_NAME

@@ -179,7 +179,10 @@ class _Search:
         if isinstance(self.source, PreTrainedModel):
             return copy.deepcopy(self.source)
         kind = compat.class_of(self.checkpoint.config.architectures)
-        return kind.from_pretrained(self.source, dtype="auto", device_map=self.device, **self.location)
+        model = kind.from_pretrained(self.source, dtype="auto", device_map=self.device, **self.location)
+        if self.checkpoint.directory is not None:
+            compat.remember_commit(model, [str(self.checkpoint.directory / "config.json")])  # the tokenizer is of the same
+        return model
 
     def _within(self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, str]) -> dict[str, Type]:
         """Types of the least predicted divergence for a file of target_bpw bits a weight, of all its tensors."""

@@ -33,6 +33,10 @@ from awq_hf.stored import DTYPES, NAMES, ZEROS, Packed, find_packed, is_finite
 # What lies beside weights and belongs to the model: generation config, tokenizer, processor, chat template, remote code, licence.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.codes", "*.spm", "LICENSE*", "NOTICE*")
 _NOT_COMPANIONS = {"config.json", "evaluation.json", "quantize_config.json", "quant_config.json", "requirements.txt"}
+# Of a repository. The same wherever it is looked at: the client takes a cache that lacks a file for incomplete
+_WANTED: dict[str, Any] = dict(
+    allow_patterns=[*_COMPANIONS, WEIGHTS, INDEX, "model-*.safetensors"], ignore_patterns=["original/*", "onnx/*"]
+)
 _FOLDERS = ("additional_chat_templates",)
 
 MAPPED = 1 << 16  # bytes of a tensor from which it is worth looking up whose memory it is, to give it back
@@ -189,9 +193,8 @@ def _directory(name: str, location: dict[str, Any]) -> Path:
         validate_repo_id(name)
     except HFValidationError:
         raise FileNotFoundError(f"there is no directory {name}, and it cannot be a Hub id (owner/name) either") from None
-    wanted = [*_COMPANIONS, WEIGHTS, INDEX, "model-*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["original/*", "onnx/*"], **location))
+        return Path(snapshot_download(name, **_WANTED, **location))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{name} is no directory here, and the Hub does not give such a model: {str(error).splitlines()[0]}") from error
 
@@ -229,7 +232,7 @@ def _beside(model: PreTrainedModel) -> Path | None:
     if not name or Path(name).is_dir():
         return Path(name) if name else None
     try:
-        return Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), local_files_only=True))
+        return Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), local_files_only=True, **_WANTED))
     except (LocalEntryNotFoundError, ValueError):  # an id that is none is a ValueError
         return None
 

@@ -112,6 +112,15 @@ def find_repository(
     return target
 
 
+def check_not_original(repo_id: str, original: str) -> None:
+    """Raises ValueError where a push would replace the weights of the model that was quantized."""
+    if repo_id.lower() == original.lower():
+        raise ValueError(
+            f"{repo_id} is the original model, whose weights would be replaced; choose another name, a branch of it (revision, "
+            "--revision) or a pull request (create_pr, --create-pr)"
+        )
+
+
 def _check_role(user: Mapping[str, Any], target: Repository) -> None:
     role = user.get("auth", {}).get("accessToken", {}).get("role")  # read, write or fineGrained, of which the Hub itself knows the rights
     owner = target.repo_id.split("/")[0]

@@ -20,6 +20,12 @@ _PACKED = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_pa
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _NAMES = {"awq": "AWQ", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
 _READERS = {"gptq": ("vLLM", "SGLang", "GPTQModel"), "awq": ("vLLM", "SGLang", "transformers", "MLX")}
+_OF_ANY_CLASS = ("awq-hf", "transformers", "compressed-tensors", "GPTQModel")  # the others run models that write text
+AUTO_CLASSES = {  # how the names of classes that write text end
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
+}
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.gguf$)")
 
 
@@ -59,6 +65,10 @@ class Artifact:
         return first if isinstance(first, str) and re.fullmatch(r"[A-Za-z]\w*", first) else None
 
 
+def writes_text(class_name: str | None) -> bool:
+    return (class_name or "").endswith(tuple(AUTO_CLASSES))
+
+
 def find_artifacts(directory: Path, shapes: dict[str, tuple[int, int]]) -> list[Artifact]:
     """Checkpoints first, the root's before folders', then GGUF files by size. shapes: of Linears, as report.json has them.
 
@@ -96,7 +106,8 @@ def _checkpoint(directory: Path, folder: Path, shapes: dict[str, tuple[int, int]
     headers = read_headers(paths, str(folder))
     bits = _widths(method, stored)
     obstacles = _obstacles(stored, headers) if method == "awq" else ()
-    readers = _readers(method, stored, bits)
+    named = config.get("architectures") or [None]
+    readers = [name for name in _readers(method, stored, bits) if writes_text(str(named[0])) or name in _OF_ANY_CLASS]
     return Artifact(
         path=folder.relative_to(directory).as_posix(),
         format=method,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,11 @@ class Facts:
         return next((row for row in self.rows if artifact.path in row.files or {*artifact.files} & {*row.files}), None)
 
     def bits_per_weight(self, artifact: Artifact) -> float | None:
-        row = self.row(artifact)
-        return artifact.bits_per_weight if row is None or row.bits_per_weight is None else row.bits_per_weight
+        """As measured, where the row is of this artifact in the first place and not of another that holds the same integers; of GGUF the
+        file's own."""
+        row = self.row(artifact) if artifact.format != "gguf" else None
+        own = row is not None and row.files[:1] in ((artifact.path,), artifact.files[:1])
+        return row.bits_per_weight if row and own and row.bits_per_weight is not None else artifact.bits_per_weight
 
 
 def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Facts:
@@ -104,9 +108,8 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
     path = Path(directory)
     if not path.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that awq-hf quantize wrote")
-    for option, name in (("repo_id", repo_id), ("base_model", base_model)):
-        if name is not None and not _is_hub_id(name):
-            raise ValueError(f"{option}={name!r} is not the id of a repository; give owner/name")
+    check_hub_id("repo_id", repo_id)
+    check_hub_id("base_model", base_model)
     report = _report(path / REPORT)
     shapes = {layer["name"]: tuple(layer["shape"]) for layer in report["layers"]} if report else {}
     artifacts = find_artifacts(path, shapes)
@@ -135,16 +138,21 @@ def missing(facts: Facts) -> list[tuple[str, str]]:
     """(what a reader would want to know and the card does not say, the command or step that changes this)."""
     found = []
     source = facts.base.id if facts.base and facts.base.id else "MODEL"
+    if facts.base and facts.base.id and facts.base.revision:
+        source += f"@{facts.base.revision}"
+    command = lambda *words: shlex.join(["awq-hf", *words])  # noqa: E731
     if facts.base is None or facts.base.id is None:
-        found.append(("which model of the Hub this was made from", f"awq-hf card {facts.directory} --base-model OWNER/NAME"))
+        repository = ["--repo-id", facts.repo_id] if facts.repo_id else []
+        again = command("card", facts.directory, *repository, "--base-model", "OWNER/NAME")
+        found.append(("which model of the Hub this was made from", again))
     elif not facts.base.metadata.get("license"):
         found.append(("the licence, which the original's card does not say", "write it into the original's card, or edit README.md"))
     if facts.report is None:
-        found.append(("what was done to the layers", f"awq-hf quantize {source} OUT"))
+        found.append(("what was done to the layers", command("quantize", source, "OUT")))
     unmeasured = [artifact.path for artifact in facts.artifacts if facts.row(artifact) is None]
     if unmeasured:
         files = ", ".join("the checkpoint" if path == ROOT else path for path in unmeasured)
-        found.append((f"the quality of {files}", f"awq-hf eval {facts.directory} --reference {source} --save"))
+        found.append((f"the quality of {files}", command("eval", facts.directory, "--reference", source, "--save")))
     return found
 
 
@@ -195,6 +203,12 @@ def _finite(value: Any) -> float | None:
 
 def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def check_hub_id(option: str, name: str | None) -> None:
+    """Raises ValueError for what cannot be the name of a repository; None is no name."""
+    if name is not None and not _is_hub_id(name):
+        raise ValueError(f"{option}={name!r} is not the id of a repository; give owner/name")
 
 
 def _is_hub_id(name: str) -> bool:

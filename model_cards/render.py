@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from awq_hf.evaluation_table import perplexity, with_error
-from awq_hf.model_cards.artifacts import ROOT, Artifact
+from awq_hf.model_cards.artifacts import AUTO_CLASSES, ROOT, Artifact, writes_text
 from awq_hf.model_cards.facts import ORIGINAL, PLAIN, Facts, Measured
 from awq_hf.model_cards.markdown import FILTERS, escape, one_line
 from awq_hf.model_cards.metadata import card_data
@@ -25,7 +25,6 @@ AUDIENCE = {  # {}: the programs
     "compressed-tensors": "GPUs and servers: {}",
     "gguf": "PCs, Macs and CPUs: {}",
 }
-CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "ForConditionalGeneration": "AutoModelForImageTextToText"}
 ROUNDING = {
     "nearest": "rounding to nearest",
     "gptq": "rounding with GPTQ",
@@ -73,9 +72,9 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "loss_plot": LOSS_PLOT if LOSS_PLOT in plots else None,
         "kl_plot": KL_PLOT if KL_PLOT in plots else None,
         "snippet_gguf": _gguf_snippet(facts),
-        "folders": [a for a in facts.artifacts if a.path != ROOT and _writes_text(a.class_name) and "vLLM" in a.readers],
+        "folders": [a for a in facts.artifacts if a.path != ROOT and writes_text(a.class_name) and "vLLM" in a.readers],
         "auto_class": _auto_class(facts.class_name),
-        "causal": _writes_text(facts.class_name),
+        "causal": writes_text(facts.class_name),
         "checkpoints": len(facts.artifacts) > len(facts.gguf),
         "method": _method(facts),
         "stored": _stored(facts),
@@ -113,11 +112,7 @@ def _what(facts: Facts) -> str:
 
 
 def _auto_class(class_name: str | None) -> str | None:
-    return next((auto for end, auto in CLASSES.items() if (class_name or "").endswith(end)), class_name)
-
-
-def _writes_text(class_name: str | None) -> bool:
-    return _auto_class(class_name) in CLASSES.values()
+    return next((auto for end, auto in AUTO_CLASSES.items() if (class_name or "").endswith(end)), class_name)
 
 
 def _file(facts: Facts, artifact: Artifact) -> dict[str, Any]:
@@ -153,9 +148,12 @@ def _marks(facts: Facts, artifact: Artifact) -> list[str]:
     """What distinguishes it from all others."""
     found = []
     if len(facts.artifacts) > 1:
-        rows = {other.path: row.kl for other in facts.artifacts if (row := facts.row(other)) and row.kl is not None}
-        if len(rows) == len(facts.artifacts) and _only_least(rows, artifact.path):
-            found.append("closest to the original")
+        rows = [(other.path, row.kl, row) for other in facts.artifacts if (row := facts.row(other)) and row.kl is not None]
+        if len(rows) == len(facts.artifacts) and len({row.sample for *_, row in rows}) == 1:
+            # by more than its standard error
+            highest = {path: kl + (row.kl_se or 0.0 if path == artifact.path else 0.0) for path, kl, row in rows}
+            if _only_least(highest, artifact.path):
+                found.append("closest to the original")
         if _only_least({other.path: other.size for other in facts.artifacts}, artifact.path):
             found.append("smallest")
     return found

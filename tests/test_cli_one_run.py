@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +15,18 @@ import pytest
 import typer.main
 import yaml
 from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
 
 import awq_hf
 from awq_hf import cli
 from awq_hf.block import BlockWork
 from awq_hf.cli import common
 from awq_hf.cli import quantize as quantize_command
+from awq_hf.exporters.hub import PushResult
 from awq_hf.recipe_file import OPTIONS
 
 PLAIN = ["--samples", "2", "--seq-len", "32", "--rounding", "nearest", "--device", "cpu"]
 Run = Callable[..., Any]
-
-
-@dataclass
-class Pushed:
-    """Stands for what push_to_hub returns."""
-
-    url: str
-    uploaded: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +41,9 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def push_to_hub(
         model: Any, repo_id: str, *, private: bool | None = None, base_model: str | None = None, progress: bool = True
-    ) -> Pushed:
+    ) -> PushResult:
         calls.append(("push", model, repo_id, private, base_model, sorted(path.name for path in Path(model).iterdir())))
-        return Pushed(f"https://hub/{repo_id}", ["README.md"])
+        return PushResult(repo_id, f"https://hub/{repo_id}", uploaded={"README.md": 4})
 
     def find_repository(repo_id: str, *, private: bool | None = None) -> SimpleNamespace:
         calls.append(("look", repo_id, private))
@@ -117,7 +111,7 @@ def test_json_alone_is_on_stdout(run: Run, model: Path, pushes: list[tuple[Any, 
     assert result.status == 0, result.err
     found = json.loads(result.out)
     assert found["evaluation"] == json.loads((out / "evaluation.json").read_text())
-    assert found["push"] == {"url": "https://hub/me/model", "uploaded": ["README.md"]}
+    assert (found["push"]["url"], found["push"]["uploaded"]) == ("https://hub/me/model", {"README.md": 4})
     assert found["exports"] == ["compressed-tensors"] and found["layers"] == json.loads((out / "report.json").read_text())["layers"]
     assert "Exporting to compressed-tensors" in result.err
 
@@ -152,6 +146,7 @@ def test_when_it_is_measured(
         (["--text", "none.txt"], ["none.txt' does not exist"]),
         (["--text", "none.txt", "--no-measure"], ["contradict each other"]),
         (["--private"], ["--private is about the repository of --push"]),
+        (["--base-model", "no id!"], ["base_model='no id!' is not the id of a repository"]),
         (["--calibration", "none.txt"], ["none.txt' does not exist"]),
         (["--group-size", "100"], ["group_size=100"]),
     ],
@@ -178,6 +173,28 @@ def test_architectures_that_a_target_does_not_know(run: Run, no_work: None, rand
     assert refused(run("quantize", tmp_path / "opt", tmp_path / "out", *small, "--export", "gguf"), "opt")
     assert refused(run("quantize", tmp_path / "gpt2", tmp_path / "out", *small, "--export", "gptq"), "is a Conv1D")
     assert refused(run("quantize", llama_dir, tmp_path / "out", *small, "--measure"), "has no tokenizer")
+
+
+def test_models_that_write_no_text_are_not_measured(run: Run, pushes: list[Any], random_model: Any, demo_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM, BertConfig
+
+    config = BertConfig(vocab_size=1100, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    random_model(config, auto=AutoModelForMaskedLM).save_pretrained(tmp_path / "bert")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo_dir / "model" / file, tmp_path / "bert" / file)
+    options = [*PLAIN, "--group-size", "32"]
+    refusal = "a BertForMaskedLM, which does not predict the next token"
+    assert refused(run("quantize", tmp_path / "bert", tmp_path / "out", *options, "--measure"), refusal)
+    pushed = run("quantize", tmp_path / "bert", tmp_path / "out", *options, "--push", "me/bert")
+    assert pushed.status == 0 and "Nothing is measured: a BertForMaskedLM" in pushed.out, pushed.err
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    assert refused(run("eval", tmp_path / "out", "--reference", tmp_path / "bert", "--save"), refusal)
+
+
+def test_the_original_is_not_replaced(run: Run, no_work: None, pushes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq_hf.api.check_model", lambda *_: AutoModelForCausalLM)
+    result = run("quantize", "me/model", tmp_path / "out", "--push", "Me/model")
+    assert refused(result, "Me/model is the original model, whose weights would be replaced")
 
 
 def test_a_repository_that_cannot_be_pushed_to(
@@ -207,7 +224,7 @@ def test_what_is_left_is_said(
     assert result.status == (130 if interrupted else 1) and ("interrupted" if interrupted else "the Hub is away") in result.err
     commands = [shlex.split(line) for line in result.err.splitlines() if line.startswith("  awq-hf")]
     assert commands == [
-        ["awq-hf", "eval", str(out), "--reference", str(model), "--save"],
+        ["awq-hf", "eval", str(out), "--reference", str(model), "--save", "--device", "cpu"],
         ["awq-hf", "card", str(out), "--repo-id", "me/model", "--base-model", "me/base"],
         ["awq-hf", "push", str(out), "me/model", "--private", "--base-model", "me/base"],
     ]
@@ -279,6 +296,23 @@ def test_a_recipe_repeats_the_run(run: Run, model: Path, demo_dir: Path, tmp_pat
     assert yaml.safe_load((third / "recipe.yaml").read_text()) == kept
     report = json.loads((third / "report.json").read_text())["recipe"]
     assert (report["spec"]["bits"], report["spec"]["group_size"], report["seed"]) == (4, 64, 0)
+
+
+def test_a_recipe_of_one_model_for_another(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its revision and base model are the first one's."""
+    asked: list[dict[str, Any]] = []
+
+    def check_model(model: str, options: dict[str, Any]) -> None:
+        asked.append({"model": model, **options})
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("awq_hf.api.check_model", check_model)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: me/model\nrevision: abc\nbase_model: me/base\nshrinkage: 0\n")
+    for words in (["me/model"], [], ["me/other"], ["me/other", "--revision", "v2"]):
+        assert refused(run("quantize", "--recipe", recipe, *words[:1], tmp_path / "out", *words[1:]), "that is enough")
+    revisions = [{"revision": "abc"}, {"revision": "abc"}, {}, {"revision": "v2"}]
+    assert asked == [{"model": f"me/{name}", **where} for name, where in zip(("model", "model", "other", "other"), revisions, strict=True)]
 
 
 def test_recipes_that_lack_what_is_needed(run: Run, no_work: None, model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import awq_hf
-from awq_hf import QuantizedWeight, QuantSpec
+from awq_hf import QuantizedWeight, QuantSpec, experts
 from awq_hf.affine import dequantize_weight
 from awq_hf.experts import AwqExperts, ExpertWeights, reason_against
 from awq_hf.exporters.checkpoint import open_checkpoint
@@ -105,6 +105,17 @@ def test_experts_are_loaded_and_saved_bit_by_bit(checkpoint: tuple[Path, Any], p
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "out")(prompt).logits, model(prompt).logits)
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16])
+def test_they_load_in_any_dtype(dtype: Any, write: Callable[..., Any]) -> None:
+    """Which torch has for its default while transformers builds the model; what was tried before is forgotten."""
+    path, _ = write("mixtral")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    experts._tried.cache_clear()
+    found = load(path, dtype=dtype)
+    assert any(isinstance(module, AwqExperts) for module in found.modules())
 
 
 def test_dequantizing_gives_the_fused_model_back(checkpoint: tuple[Path, Any], prompt: Tensor, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ ALLOWED = {
     "output": "",
     "recipe_file": "config",
     "api": "recipe_file config hf_quantizer compat exporters output to_gguf",
-    "push": "api exporters model_cards",
+    "push": "api exporters model_cards report",
     "exporters": "spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored skip_list config compat output",
     "model_cards": "headers skip_list evaluation_table exporters.table",
     "inspection": "spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe rounding "

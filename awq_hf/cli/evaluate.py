@@ -26,7 +26,9 @@ def evaluate(
     ],
     text: Annotated[Path | None, Of(help="UTF-8 text file that calibration did not see; default: the embedded one.")] = None,
     reference: Annotated[str | None, Of(help="The original model; adds KL divergence and top-1 agreement.")] = None,
-    seq_len: Annotated[int, Of(help="Tokens in a window.")] = 512,
+    seq_len: Annotated[
+        int | None, Of(help="Tokens in a window; default: 512, with --save as many as the model takes, if that is less.")
+    ] = None,
     max_tokens: Annotated[int | None, Of(help="Stop after so many tokens; default: all, with --save 65,536.")] = None,
     batch_size: Annotated[int, Of(help="Windows that run together; lower it when memory runs out.")] = 8,
     save: Annotated[
@@ -39,21 +41,23 @@ def evaluate(
     """Measure models on a text: perplexity, and with --reference how far they are from the original."""
     from awq_hf.compat import progress_bar
     from awq_hf.evaluation_table import rows_of, tables
+    from awq_hf.measure import MAX_TOKENS, SEQ_LEN
 
     options: dict[str, Any] = dict(dtype=check_dtype(dtype), device_map=check_device(device))
-    common = dict(seq_len=seq_len, batch_size=batch_size, progress=progress_bar)
+    common: dict[str, Any] = dict(batch_size=batch_size, progress=progress_bar)
     if save:
         if len(models) != 1 or reference is None or not Path(models[0]).is_dir():
             raise ValueError(
                 "--save writes into the directory of one model, and compares with --reference; give one directory and a reference"
             )
-        from awq_hf.measure import MAX_TOKENS, measure
+        from awq_hf.measure import measure
 
         original, location = located(reference)
-        found = measure(models[0], original, text, location=location, max_tokens=max_tokens or MAX_TOKENS, **options, **common)
+        how: dict[str, Any] = dict(location=location, seq_len=seq_len, max_tokens=max_tokens or MAX_TOKENS)
+        found = measure(models[0], original, text, **how, **options, **common)
         rows = rows_of(found)
     else:
-        found = rows = _compared(models, reference, text, options, dict(max_tokens=max_tokens, **common))
+        found = rows = _compared(models, reference, text, options, dict(seq_len=seq_len or SEQ_LEN, max_tokens=max_tokens, **common))
     if as_json:
         typer.echo(json.dumps(found))
         return

@@ -53,6 +53,7 @@ def export(
     calibration: Annotated[str | None, OfSearch(help="Text to calibrate with, as for quantize; default: the embedded text.")] = None,
     samples: Annotated[int, OfSearch(help="Calibration windows.")] = 128,
     seq_len: Annotated[int | None, OfSearch(help="Tokens in a window; default: 512, or as many as the model takes.")] = None,
+    seed: Annotated[int, OfSearch(help="Draws the calibration windows.")] = 0,
     save_imatrix: Annotated[Path | None, OfSearch(help="Write the importance matrix for llama.cpp's tools.")] = None,
     device: Annotated[str, OfSearch(help="Where the model is searched.")] = "cpu",
     revision: Annotated[str | None, Of(help="Branch, tag or commit, for a Hub id.")] = None,
@@ -76,9 +77,10 @@ def export(
             raise ValueError("gguf has no --dtype; --type F16, BF16 or F32 writes floats")
         given = {**own, "shard_size": None if max_shard_size is None else in_bytes(max_shard_size)}
         options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        config = awq_hf.AwqConfig(calibration=calibration, samples=samples, seq_len=seq_len)
+        config = awq_hf.AwqConfig(calibration=calibration, samples=samples, seq_len=seq_len, seed=seed)
         common: dict[str, Any] = dict(device=device, location=location, overwrite=overwrite, progress=not as_json)
-        result = to_gguf(model, out, config=config, **common, **options)
+        named: dict[str, Any] = {"metadata": {"name": out.stem}} if out.suffix == ".gguf" else {}
+        result = to_gguf(model, out, config=config, **named, **common, **options)
         files, path = result.files, result.files[0].parent
     else:
         if misplaced := [key for key, value in {**own, "calibration": calibration}.items() if value is not None]:

@@ -33,6 +33,7 @@ from awq_hf.cli.common import (
     say,
     shared_tokenizer,
 )
+from awq_hf.cli.push import summary
 from awq_hf.cli.steps import Step, command_line, run_steps
 
 EXAMPLES = (
@@ -134,6 +135,9 @@ class _OneRun:
         read = {} if file is None else read_recipe(file)
         if "out" not in given and "model" in read and "model" in given:  # awq-hf quantize --recipe FILE OUT
             given["out"] = given.pop("model")
+        if given.get("model", read.get("model")) != read.get("model") and Path(str(given.get("model"))).name != read.get("model"):
+            for about_it in ("revision", "base_model"):  # are of the recipe's model, not of another
+                read.pop(about_it, None)
         options = {**read, **{name: value for name, value in given.items() if name in OPTIONS}}
         if "out" not in given or options.get("model") is None:
             raise typer.BadParameter(
@@ -163,7 +167,8 @@ class _OneRun:
         del model
         gc.collect()
         base = report.base_model
-        write_recipe(self.out, base, self.config, self.run)
+        measured = True if self.measured and self.run.text is None else self.run.measure  # a repeat pushes nothing, but measures
+        write_recipe(self.out, base, self.config, replace(self.run, measure=measured))
         if base["revision"] is not None and not Path(self.model).is_dir():  # what follows is of the same commit, whatever others push
             self.location = {"revision": base["revision"]}
         self.say(report.summary())
@@ -175,7 +180,8 @@ class _OneRun:
     def check(self) -> None:
         """Everything that can be refused, before the work."""
         from awq_hf.api import check_model
-        from awq_hf.exporters.hub import find_repository
+        from awq_hf.exporters.hub import check_not_original, find_repository
+        from awq_hf.model_cards.facts import check_hub_id
         from awq_hf.output import check_output
         from awq_hf.targets import parse_targets, places
 
@@ -185,13 +191,20 @@ class _OneRun:
             raise ValueError("--no-measure and --text contradict each other: a text is there to measure on; leave one out")
         if self.run.push is None and self.run.private:
             raise ValueError("--private is about the repository of --push; give both, or neither")
-        check_model(self.model, self.location)
+        check_hub_id("base_model", self.run.base_model)
+        if self.run.push is not None:
+            found = find_repository(self.run.push, private=self.run.private or None)
+            check_not_original(found.repo_id, self.model)
+            self.run = replace(self.run, push=found.repo_id)  # with its owner
+        kind = check_model(self.model, self.location)
+        if self.measured and not getattr(kind, "can_generate", lambda: True)():  # an automatic class is for models that write text
+            if self.run.text is not None or self.run.measure:
+                raise ValueError(f"{self.model} is a {kind.__name__}, which does not predict the next token: it cannot be measured so")
+            self.measured = False
+            self.say(f"Nothing is measured: a {kind.__name__} does not predict the next token.")
         self.places = places(self.targets, self.model, self.location, self.config, self.out)
         if self.measured:
             shared_tokenizer([self.original()], None if self.run.text is None else Path(self.run.text))
-        if self.run.push is not None:
-            found = find_repository(self.run.push, private=self.run.private or None)
-            self.run = replace(self.run, push=found.repo_id)  # with its owner
 
     def original(self) -> str:
         """The model as `awq-hf eval` takes it."""
@@ -207,7 +220,10 @@ class _OneRun:
         """What comes after saving, by name."""
         found = {str(target): self._export(target, place) for target, place in zip(self.targets, self.places, strict=True)}
         if self.measured:
-            again = command_line("eval", self.out, reference=self.original(), text=self.run.text, save=True)
+            dtype = None if self.dtype == "auto" else self.dtype
+            again = command_line(
+                "eval", self.out, reference=self.original(), text=self.run.text, save=True, dtype=dtype, device=self.run.device
+            )
             found["measure"] = Step("Measuring", self._measure, again)
         again = command_line("card", self.out, repo_id=self.run.push, base_model=self.run.base_model)
         found["card"] = Step("Writing the card", self._card, again)
@@ -218,6 +234,7 @@ class _OneRun:
 
     def _export(self, target: Any, place: Path) -> Step:
         import awq_hf
+        from awq_hf.config import AwqConfig
         from awq_hf.to_gguf import to_gguf
 
         if target.name != "gguf":
@@ -228,9 +245,10 @@ class _OneRun:
         if target.type is None:
             again = command_line("export", "gguf", self.out, place)
             return Step("Exporting to gguf: the same integers", lambda: to_gguf(self.out, place, **common), again)
-        chosen = {name: getattr(self.config, name) for name in ("calibration", "samples", "seq_len")}
+        chosen = {name: getattr(self.config, name) for name in ("calibration", "samples", "seq_len", "seed")}
         again = command_line("export", "gguf", self.model, place, type=target.type, device=self.device, **chosen, **self.location)
-        common |= dict(type=target.type, config=self.config, device=self.device, location=self.location)
+        config = AwqConfig(**chosen, tokenizer=self.config.tokenizer)  # the rest is about integers of another kind
+        common |= dict(type=target.type, config=config, device=self.device, location=self.location)
         return Step(f"Exporting to gguf: {target.type}, from the float weights", lambda: to_gguf(self.model, place, **common), again)
 
     def _measure(self) -> dict[str, Any]:
@@ -271,6 +289,6 @@ class _OneRun:
         if files:
             self.say(f"In {self.out}: {', '.join(files)}")
         if "push" in results:
-            self.say(f"Pushed to {results['push'].url}")
+            self.say(summary(results["push"]))
         else:
             self.say(f"Next:\n\n  {command_line('push', self.out, 'OWNER/NAME')}")

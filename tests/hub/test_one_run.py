@@ -35,7 +35,7 @@ def test_from_the_hub_to_the_hub(hub: Hub, base: str, run: Callable[..., Any], t
     monkeypatch.setattr("awq_hf.model_cards.make_card", model_cards.card.make_card)
     text, out = tmp_path / "held_out.txt", tmp_path / "out"
     text.write_text(demo.EVALUATION.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    exports = ("--export", "gguf", "--export", "compressed-tensors")
+    exports = ("--export", "gguf", "--export", "gguf:Q4_K_M", "--export", "compressed-tensors")
     result = run("quantize", "maker/tiny", out, "--revision", base, *OPTIONS, *exports, "--text", text, "--push", "tiny-AWQ")
     assert result.status == 0, result.err
     there = hub.repos["me/tiny-AWQ"].files()
@@ -43,6 +43,7 @@ def test_from_the_hub_to_the_hub(hub: Hub, base: str, run: Callable[..., Any], t
     assert there == {".gitattributes": b"", **local}
     assert {
         "tiny-AWQ-Q4_K_S.gguf",
+        "tiny-Q4_K_M.gguf",
         "compressed-tensors/model.safetensors",
         "README.md",
         "images/loss-per-layer.png",
@@ -61,7 +62,7 @@ def test_from_the_hub_to_the_hub(hub: Hub, base: str, run: Callable[..., Any], t
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"], data["license"]) == ("maker/tiny", "quantized", "apache-2.0")
     assert data["pipeline_tag"] == "text-generation" and {"awq", "gguf"} <= {*data["tags"]}
-    assert base in card.content and "llama-cli -hf me/tiny-AWQ:Q4_K_S" in card.content and "held_out.txt" in card.content
+    assert base in card.content and "llama-cli -hf me/tiny-AWQ:Q4_K_M" in card.content and "held_out.txt" in card.content
 
     hub.forget()
     again = run("push", out, "tiny-AWQ")

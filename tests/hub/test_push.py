@@ -149,6 +149,17 @@ def test_weights_of_an_earlier_model_make_room(hub: Hub, directory: Path, logits
     assert torch.equal(logits(REPO), logits(directory))
 
 
+def test_the_original_is_not_replaced(hub: Hub, directory: Path) -> None:
+    report = json.loads((directory / "report.json").read_text())
+    (directory / "report.json").write_text(json.dumps(report | {"base_model": {"name": "me/tiny", "local": False}}))
+    hub.create("me/tiny", files={"model.safetensors": b"float"})
+    with pytest.raises(ValueError, match="me/tiny is the original model, whose weights would be replaced"):
+        awq_hf.push_to_hub(directory, "me/tiny")
+    assert hub.repos["me/tiny"].files()["model.safetensors"] == b"float"
+    awq_hf.push_to_hub(directory, "me/tiny", revision="awq")
+    assert hub.repos["me/tiny"].files("awq")["model.safetensors"] == (directory / "model.safetensors").read_bytes()
+
+
 def test_dry_run_changes_nothing(hub: Hub, directory: Path, run: Run) -> None:
     done = run("push", directory, REPO, "--dry-run")
     assert done.status == 0 and hub.repos == {}

@@ -19,7 +19,7 @@ from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.render import render
 
-from .conftest import HIDDEN, awq, evaluation, report, row, write_checkpoint, write_json
+from .conftest import COMMIT, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_json
 
 
 def text_of(directory: Path, *arguments: str) -> str:
@@ -63,7 +63,7 @@ def test_files_are_those_that_are_there(full: Path) -> None:
     assert [cells[3] for cells in rows] == ["0.0134", "0.0134", "0.00087", "0.00668"]
     size = (full / "model.safetensors").stat().st_size
     assert rows[0][1] == f"{size / 1e6:.2f} MB"
-    assert rows[3][2] == "4.90"  # as it was measured; from the headers 4.5
+    assert rows[3][2] == "4.50"  # of its tensors
     assert "smallest" in rows[3][4] and "closest to the original" in rows[2][4]
 
 
@@ -246,5 +246,5 @@ def test_missing_facts_come_with_what_to_do(full: Path, foreign: Path) -> None:
     ((what, how),) = missing(gather(full))
     assert (
         what == "the quality of compressed-tensors, Tiny-Q6_K.gguf, Tiny-Q4_K_M.gguf"
-        and how == f"awq-hf eval {full} --reference acme/Llama-2-Tiny --save"
+        and how == f"awq-hf eval {full} --reference acme/Llama-2-Tiny@{COMMIT} --save"
     )
