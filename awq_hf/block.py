@@ -282,11 +282,12 @@ class BlockWork:
         call: one on which the block must compute the same before and after.
         """
         routes: dict[str, Any] = {}
-        with same_routes(self.block, self.experts, routes):
+        experts = list(experts_of(self.block))  # also those that stay in float
+        with same_routes(self.block, experts, routes):
             expected = self.block(*call[0], **call[1])
         self._put_in_place()
         try:
-            with same_routes(self.block, self.experts, routes):
+            with same_routes(self.block, experts, routes):
                 packed = self.block(*call[0], **call[1])
         except Exception as error:
             raise ValueError(f"{self.name} does not run with quantized layers: {type(error).__name__}: {error}") from error

@@ -70,6 +70,8 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
         kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
         pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
+        if kwargs.get("save_original_format") is False and any(p.ndim == 3 for n, p in self.named_parameters() if n.endswith(".qweight")):
+            raise ValueError("quantized experts are saved one by one, the only form that AWQ has; leave out save_original_format=False")
         kind.save_pretrained(self, save_directory, **kwargs)
         action(self, os.fspath(save_directory))
         if pushed:
@@ -142,8 +144,11 @@ def packed_conversions(conversions: Iterable[Any]) -> list[Any]:
 
 def save_packed_experts(model: Any) -> None:
     """Have the experts of a model that was just quantized saved under the names that they have one by one."""
-    # Of the architecture's, and not of those that loading used: a checkpoint may have held the experts fused.
-    model._weight_conversions = [*_conversions(model), *packed_conversions(get_model_conversion_mapping(model, add_legacy=False))]
+    own, used = get_model_conversion_mapping(model, add_legacy=False), _conversions(model)
+    if not any(map(_is_fusing, used)):  # the checkpoint held the experts fused, and under other names
+        prefixes = [conversion for conversion in used if isinstance(conversion, PrefixChange)]
+        used = prefixes + [conversion for conversion in own if not isinstance(conversion, PrefixChange)]
+    model._weight_conversions = [*used, *packed_conversions(own)]
 
 
 def save_float_experts(model: Any) -> None:

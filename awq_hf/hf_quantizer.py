@@ -17,7 +17,7 @@ from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
-from awq_hf.experts import AwqExperts
+from awq_hf.experts import AwqExperts, holds_experts
 from awq_hf.exporters.dense import make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
@@ -86,6 +86,7 @@ class AwqHfQuantizer(HfQuantizer):
         quantized, left = [layer.name for layer in report.layers], list(report.left_in_float)
         if any(isinstance(module, AwqExperts) for module in model.modules()):
             compat.save_packed_experts(model)
+        if any(isinstance(module, AwqExperts) or holds_experts(module) for module in model.modules()):
             quantized, left = quantized + compat.quantized_on_disk(model), left + [compat.name_on_disk(model, name) for name in left]
         entries = skip_list(left, quantized)
         self.quantization_config.modules_to_not_convert = entries or None

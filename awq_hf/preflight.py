@@ -95,7 +95,7 @@ def _sort_out_experts(model: nn.Module, prefix: str, blocks: nn.ModuleList, reci
     modules = {f"{prefix}.{i}.{name}": module for i, block in enumerate(blocks) for name, module in experts_of(block).items()}
     parts = compat.expert_parts(model, list(modules)) if modules else {}
     for name, module in modules.items():
-        fate = fates[name] = _fate_of(name, module, parts[name], recipe)
+        fate = fates[name] = _fate_of({name, compat.name_on_disk(model, name)}, module, parts[name], recipe)
         if not isinstance(fate, str):
             for (part, (rows, columns)), spec, count in zip(expert_shapes(module).items(), fate, (2, 1), strict=True):
                 misfit = _misfit(rows // count, columns, spec, recipe)
@@ -106,14 +106,15 @@ def _sort_out_experts(model: nn.Module, prefix: str, blocks: nn.ModuleList, reci
     return fates, misfits
 
 
-def _fate_of(name: str, module: nn.Module, parts: dict[str, tuple[str, ...]], recipe: Recipe) -> Fate:
-    """parts: parameter of the module -> what its matrices are called in a checkpoint."""
+def _fate_of(names: set[str], module: nn.Module, parts: dict[str, tuple[str, ...]], recipe: Recipe) -> Fate:
+    """names: in the model and in its files. parts: parameter of the module -> what its matrices are called in a checkpoint."""
     if why := reason_against(module):
         return why
     if [len(parts.get(parameter, ())) for parameter in FUSED] != [2, 1]:
         return "checkpoints of this architecture hold experts in one tensor, and AWQ's format one by one"
     count = len(module.get_parameter(FUSED[1]))
-    specs = [{recipe.spec_for(f"{name}.{e}.{leaf}") for leaf in parts[parameter] for e in range(count)} for parameter in FUSED]
+    matrices = [[f"{e}.{leaf}" for leaf in parts[parameter] for e in range(count)] for parameter in FUSED]
+    specs = [{recipe.spec_for(*(f"{name}.{matrix}" for name in names)) for matrix in some} for some in matrices]
     if specs == [{None}, {None}]:
         return SKIPPED
     if any(len(each) > 1 or None in each for each in specs):
@@ -126,7 +127,8 @@ def _fate_of(name: str, module: nn.Module, parts: dict[str, tuple[str, ...]], re
 def _expert_names(model: nn.Module, plan: Plan) -> Iterable[str]:
     """One name of each kind that overrides may match."""
     for name, parts in compat.expert_parts(model, list(plan.experts)).items():
-        yield from (f"{name}.0.{leaf}" for leaves in parts.values() for leaf in leaves)
+        for called in (name, compat.name_on_disk(model, name)):
+            yield from (f"{called}.0.{leaf}" for leaves in parts.values() for leaf in leaves)
 
 
 def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:

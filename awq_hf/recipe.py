@@ -57,11 +57,15 @@ class Recipe:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r} is too small; give at least {least}")
 
-    def spec_for(self, module_name: str) -> QuantSpec | None:
-        """How a module is stored, or None where it stays in float. Names match by substring, as AutoAWQ and vLLM do it."""
-        if any(part in module_name for part in self.skip):
+    def spec_for(self, *module_names: str) -> QuantSpec | None:
+        """How a module is stored, or None where it stays in float. Names match by substring, as AutoAWQ and vLLM do it.
+
+        module_names: what it is called; one that matches is enough.
+        """
+        called = lambda part: any(part in name for name in module_names)  # noqa: E731
+        if any(map(called, self.skip)):
             return None
-        return next((spec for part, spec in self.overrides if part in module_name), self.spec)
+        return next((spec for part, spec in self.overrides if called(part)), self.spec)
 
     @property
     def is_uniform(self) -> bool:

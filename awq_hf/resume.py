@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -38,9 +38,14 @@ class KeptBlocks:
         file = directory / RUN
         if not file.is_file():
             directory.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+            partial.replace(file)
             return
-        other = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}); remove {directory} to begin anew") from error
         if differing := [key for key in run.keys() | other.keys() if run.get(key) != other.get(key)]:
             key = sorted(differing)[0]
             raise ValueError(
@@ -58,16 +63,19 @@ class KeptBlocks:
     def restore(self, index: int, digest: str, work: BlockWork, report: Report) -> bool:
         """Bring a block, and the report, to where they were when it was saved; False if it is not there.
 
-        Raises ValueError if it was made of other weights, and OSError or SafetensorError for a file that is damaged.
+        Raises ValueError if it was made of other weights, or is damaged.
         """
         file = self._file(index)
         if not file.is_file():
             return False
-        with safe_open(file, "pt") as opened:
-            about = opened.metadata()
-            if about["digest"] != digest:
-                raise ValueError(f"{file} was made of other weights than {work.name} has now; remove {self.directory} to begin anew")
-            _load(work, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (no mapping)
+        try:
+            with safe_open(file, "pt") as opened:
+                about, state = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); remove it, and what comes after it, to go on from there") from error
+        if about["digest"] != digest:
+            raise ValueError(f"{file} was made of other weights than {work.name} has now; remove {self.directory} to begin anew")
+        _load(work, state)
         found = json.loads(about["report"])
         report.layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
         report.left_in_float, report.notes = found["left_in_float"], found["notes"]

@@ -101,10 +101,12 @@ def test_quantize_and_export(optimum: Run, demo_dir: Path, tmp_path: Path, run: 
     assert optimum("awq", "quantize", demo_dir / "model", tmp_path / "awq", *quantize)[0] == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "awq")
     assert sum(isinstance(module, AwqLinear) for module in loaded.modules()) == 28
-    status, shown = optimum("export", "gguf", tmp_path / "awq", tmp_path / "a.gguf", "--type", "Q4_K_M")
+    for folder in ("ours", "theirs"):
+        (tmp_path / folder).mkdir()
+    status, shown = optimum("export", "gguf", tmp_path / "awq", tmp_path / "theirs" / "a.gguf", "--type", "Q4_K_M")
     assert status == 0 and "gguf written to" in shown
-    assert run("export", "gguf", tmp_path / "awq", tmp_path / "b.gguf", "--type", "Q4_K_M").status == 0
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert run("export", "gguf", tmp_path / "awq", tmp_path / "ours" / "a.gguf", "--type", "Q4_K_M").status == 0
+    assert (tmp_path / "theirs" / "a.gguf").read_bytes() == (tmp_path / "ours" / "a.gguf").read_bytes()
 
 
 def test_statuses_and_what_looks_like_an_option(optimum: Run, tmp_path: Path) -> None:

@@ -159,6 +159,24 @@ def test_a_checkpoint_that_holds_them_fused(random_model: Callable[..., Any], en
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "awq").model.layers[0].mlp.experts, AwqExperts)
 
 
+def test_names_of_the_files_are_understood_and_written(random_model: Callable[..., Any], enough: list[Tensor], tmp_path: Path) -> None:
+    """Mixtral's experts are in block_sparse_moe there, in mlp in the model; also where a checkpoint held them fused, under the latter."""
+    model = random_model(MODELS["mixtral"]())
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    model.save_pretrained(tmp_path / "usual")
+    options = dict(PLAIN, modules_to_not_convert=["block_sparse_moe.experts"])
+    skipped = awq_hf.quantize(tmp_path / "usual", config_for(enough, **options), output_dir=tmp_path / "skipped")
+    assert not any(isinstance(module, AwqExperts) for module in skipped.modules())
+    written = json.loads((tmp_path / "skipped" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert any(entry in "model.layers.0.block_sparse_moe.experts.0.w1" for entry in written)
+    quantized = awq_hf.quantize(tmp_path / "fused", config_for(enough, **PLAIN), output_dir=tmp_path / "awq")
+    names = load_file(tmp_path / "awq" / "model.safetensors").keys()
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.qweight" in names and not any(".mlp." in name for name in names)
+    with pytest.raises(ValueError, match="leave out save_original_format=False"):
+        quantized.save_pretrained(tmp_path / "other", save_original_format=False)
+    assert not (tmp_path / "other").exists()
+
+
 def test_scales_of_downs_input_fold_into_up(
     random_model: Callable[..., Any], enough: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,20 @@ def test_blocks_of_another_run_are_not_taken(tiny_llama: Callable[..., Any], tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_files_are_named(tiny_llama: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    again = lambda: awq_hf.quantize(tmp_path / "model", awq_hf.AwqConfig(**OPTIONS), output_dir=tmp_path / "out", resume=True)  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        broken_after(1, patch)
+        again()
+    (tmp_path / "out.progress" / "block-00000.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"block-00000\.safetensors is damaged .*remove it"):
+        again()
+    (tmp_path / "out.progress" / "run.json").write_text("")
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*remove .*out\.progress to begin anew"):
+        again()
+
+
 def test_a_place_is_needed(tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="give output_dir"):
         awq_hf.quantize(tiny_llama(), awq_hf.AwqConfig(**OPTIONS), resume=True)

@@ -85,7 +85,7 @@ def test_the_structure_is_that_of_harmless_values(value: str, awq_only: Path) ->
 
 
 def test_empty_values_break_nothing(awq_only: Path) -> None:
-    card_with("", awq_only)
+    assert ModelCard(card_with("", awq_only)).text.startswith("\n# ")
 
 
 def test_plots_of_hostile_names_are_drawn(full: Path) -> None:
