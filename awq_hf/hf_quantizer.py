@@ -18,7 +18,7 @@ from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
 from awq_hf.experts import AwqExperts, holds_experts
-from awq_hf.exporters.dense import make_dense
+from awq_hf.exporters.dense import cast, make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
 from awq_hf.linear import ScaledActivation
@@ -108,14 +108,19 @@ class AwqHfQuantizer(HfQuantizer):
         return [*conversions, *compat.packed_conversions(conversions)] if self.pre_quantized else conversions
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """A plain model. dtype: of the whole model, so that it runs; None: the dtype that it has."""
         # The base class takes config.dtype, which is a name after saving, and not the model's when it was cast in memory.
-        return super().dequantize(model, dtype=dtype or model.get_input_embeddings().weight.dtype)
+        old = model.get_input_embeddings().weight.dtype
+        new = getattr(torch, dtype) if isinstance(dtype, str) else dtype or old
+        model = super().dequantize(model, dtype=new)
+        cast(model, old, new)
+        return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, ScaledActivation):
                 raise ValueError(f"{name} divides its outputs by scales of its own, which a plain {type(model).__name__} has no place for")
-        make_dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
+        make_dense(model, dtype)
         compat.forget_after_saving(model)
         compat.save_float_experts(model)
         return model

@@ -68,6 +68,13 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, module.dequantized(dtype))
 
 
+def cast(model: nn.Module, old: torch.dtype, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint of `model` would hold, in place, but for tensors that are kept wider than `old`, the model's dtype."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point() and tensor.itemsize <= old.itemsize:
+            tensor.data = tensor.data.to(dtype)
+
+
 def dense_module(module: AwqLinear, dtype: torch.dtype) -> nn.Module:
     """The Linear (or Conv1D) whose weight is the one `module` stands for, rounded once to `dtype`."""
     return as_kind(module.replaces, module.dequantize(dtype), None if module.bias is None else module.bias.data.to(dtype))

@@ -155,9 +155,13 @@ def test_dequantize_keeps_the_dtype_of_a_model_that_was_cast_in_memory(
     assert torch.isfinite(model.dequantize()(prompt).logits).all()
 
 
-def test_dequantize_to_another_dtype(quantized_dir: Path) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(quantized_dir).dequantize(dtype=torch.bfloat16)
-    assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+@pytest.mark.parametrize(("loaded", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_dequantize_to_another_dtype(loaded: torch.dtype, wanted: torch.dtype, quantized_dir: Path, prompt: Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized_dir, dtype=loaded)
+    rope = model.model.rotary_emb.inv_freq.clone()
+    model = model.dequantize(wanted)
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted} and model(prompt).logits.dtype == wanted
+    assert torch.equal(model.model.rotary_emb.inv_freq, rope)  # which is kept in float32
 
 
 def test_dequantize_after_saving(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
