@@ -21,11 +21,12 @@ from awq_hf.experts import AwqExperts, holds_experts
 from awq_hf.exporters.dense import cast, make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
-from awq_hf.linear import ScaledActivation
+from awq_hf.linear import ScaledActivation, packed_modules
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import check_room, make_plan, stored_bytes
 from awq_hf.prepare import prepare_kernels
 from awq_hf.recipe import Recipe
+from awq_hf.serving import serving_notes
 from awq_hf.skip_list import caveats, skip_list
 
 logger = logging.getLogger("awq_hf")
@@ -90,7 +91,7 @@ class AwqHfQuantizer(HfQuantizer):
             quantized, left = quantized + compat.quantized_on_disk(model), left + [compat.name_on_disk(model, name) for name in left]
         entries = skip_list(left, quantized)
         self.quantization_config.modules_to_not_convert = entries or None
-        report.notes += caveats(entries, report.left_in_float, quantized)
+        report.notes += caveats(entries, report.left_in_float, quantized) + serving_notes(packed_modules(model))
         model.awq_report = report
         prepare_kernels(model)
         compat.after_saving(model, _complete, _push)

@@ -133,6 +133,11 @@ class PackedModule(nn.Module):
         )
 
 
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """What is quantized in `model`, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
 class AwqLinear(PackedModule):
     """y = x W^T + b, W stored as packed integers.
 

@@ -23,7 +23,7 @@ from awq_hf.affine import choose_grid, fake_quantize
 from awq_hf.calibration.data import load_windows
 from awq_hf.compat import Conv1D, class_of, loaded_whole
 from awq_hf.evaluate import Texts, evaluate_many
-from awq_hf.linear import PackedModule
+from awq_hf.linear import PackedModule, packed_modules
 from awq_hf.machine import machine, versions
 from awq_hf.spec import QuantSpec
 
@@ -110,7 +110,7 @@ class _Found:
 
     def keep(self, model: nn.Module) -> nn.Module:
         self.bits = bits_per_weight(model)
-        self.specs = {name: module.spec for name, module in model.named_modules() if isinstance(module, PackedModule)}
+        self.specs = {name: module.spec for name, module in packed_modules(model).items()}
         return model
 
 

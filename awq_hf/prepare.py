@@ -7,7 +7,7 @@ from typing import Any
 
 from awq_hf import compat
 from awq_hf.freed import drop_file_pages, give_back
-from awq_hf.linear import PackedModule
+from awq_hf.linear import packed_modules
 
 logger = logging.getLogger("awq_hf")
 
@@ -21,7 +21,7 @@ def prepare_kernels(model: Any) -> None:
     dtype = model.get_input_embeddings().weight.dtype
     slow: dict[str, list[str]] = {}
     cautions: set[str] = set()
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedModule)]
+    modules = packed_modules(model).items()
     # The largest first: what rearranging it takes for a moment is on top of the least.
     size = lambda module: module.matrices * module.in_features * module.out_features  # noqa: E731
     for name, module in sorted(modules, key=lambda item: -size(item[1])):

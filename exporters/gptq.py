@@ -1,4 +1,4 @@
-"""The gptq target: GPTQ's layout, which vLLM, SGLang, GPTQModel and transformers (with it) read.
+"""The gptq target: GPTQ's layout, which vLLM (symmetric weights), SGLang, GPTQModel and transformers (with it) read.
 
     qweight  int32 [in * bits / 32, out], codes of a column in order, low bits first
     qzeros   int32 [groups, out * bits / 32], in order along out
@@ -7,7 +7,8 @@
 
 Symmetric weights are written as checkpoint_format "gptq", whose qzeros hold z - 1: every reader has it. It has no z = 0: readers that
 add 1 to whole words carry from one zero point into the next, others come to 2^bits. Asymmetric weights are therefore written as
-"gptq_v2", whose qzeros hold z; GPTQModel, vLLM and SGLang read it. (GPTQModel, gptqmodel/utils/model.py and nn_modules/qlinear)
+"gptq_v2", whose qzeros hold z; GPTQModel and SGLang read it, vLLM 0.32 does not. (GPTQModel, gptqmodel/utils/model.py and
+nn_modules/qlinear)
 """
 
 from __future__ import annotations

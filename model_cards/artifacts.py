@@ -19,7 +19,7 @@ ROOT = "."
 _PACKED = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed"}  # format -> what holds the codes
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _NAMES = {"awq": "AWQ", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
-_READERS = {"gptq": ("vLLM", "SGLang", "GPTQModel"), "awq": ("vLLM", "SGLang", "transformers", "MLX")}
+_READERS = {"gptq": ("SGLang", "GPTQModel"), "awq": ("vLLM", "SGLang", "transformers", "MLX")}
 _OF_ANY_CLASS = ("awq-hf", "transformers", "compressed-tensors", "GPTQModel")  # the others run models that write text
 AUTO_CLASSES = {  # how the names of classes that write text end
     "ForCausalLM": "AutoModelForCausalLM",
@@ -146,6 +146,8 @@ def _readers(method: str, stored: dict[str, Any], bits: tuple[int, ...]) -> tupl
         return ("awq-hf",)
     if method == "compressed-tensors":
         return ("vLLM", "SGLang") if {*bits} <= {4, 8} else ("compressed-tensors",)
+    if method == "gptq" and stored.get("sym") and {*bits} <= {4, 8}:
+        return ("vLLM", *_READERS["gptq"])
     return _READERS.get(method, ())
 
 

@@ -33,6 +33,7 @@ ALLOWED = {
     "preflight": "spec representable kernels.layout experts matrices blocks calibration recipe compat",
     "skip_list": "",
     "linear": "spec kernels",
+    "serving": "spec linear skip_list",
     "experts": "spec kernels linear",
     "expert_checkpoint": "spec kernels.layout compat headers stored experts",
     "prepare": "linear freed compat",
@@ -51,7 +52,7 @@ ALLOWED = {
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint preflight skip_list "
-    "pipeline prepare compat config",
+    "serving pipeline prepare compat config",
     "to_gguf": "blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
     "recipe_file": "config",
@@ -60,7 +61,7 @@ ALLOWED = {
     "exporters": "spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored skip_list config compat output",
     "model_cards": "headers skip_list evaluation_table exporters.table",
     "inspection": "spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe rounding "
-    "preflight report pipeline linear config model_cards",
+    "preflight report pipeline linear config model_cards serving",
     "targets": "base_model compat config exporters matrices preflight spec",
     "measure": "base_model spec affine calibration linear compat evaluate machine",
     "demo": "measure api config evaluate output report to_gguf",

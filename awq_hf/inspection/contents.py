@@ -14,8 +14,9 @@ from awq_hf.config import AwqConfig
 from awq_hf.inspection.forecast import starred
 from awq_hf.inspection.kernel_use import KernelUse, kernel_uses
 from awq_hf.inspection.source import Source, stored_bytes
-from awq_hf.linear import PackedModule
+from awq_hf.linear import PackedModule, packed_modules
 from awq_hf.model_cards.summary import loss_ratio
+from awq_hf.serving import serving
 
 _PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
 
@@ -27,7 +28,7 @@ class Contents:
     version: what the config calls the layout; layouts: what the tensors are in. overrides: as in AwqConfig.
     problem: why awq-hf cannot load it, None when every tensor fits the config. bits_per_weight: of the quantized modules, with scales and
     zero points; None where the problem hides it. left_in_float: modules that hold matrices -> how many.
-    loss_ratio, calibration: from report.json, or None. kernels: that would run the modules on `device`.
+    loss_ratio, calibration: from report.json, or None. kernels: that would run the modules on `device`. serving: see awq_hf.serving.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Contents:
     calibration: dict[str, Any] | None
     device: str
     kernels: list[KernelUse]
+    serving: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "awq", **asdict(self)}
@@ -77,7 +79,7 @@ def read_contents(source: Source, dtype: str, device: str) -> Contents:
         owner, _, part = name.rpartition(".")
         packed = owner in owners and part in _PACKED
         sizes["quantized" if packed else "embeddings" if name in heads else "other"] += stored_bytes(info)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    linears = packed_modules(model)
     weights = sum(module.matrices * module.in_features * module.out_features for module in linears.values())
     return Contents(
         model=source.name,
@@ -99,6 +101,7 @@ def read_contents(source: Source, dtype: str, device: str) -> Contents:
         calibration=source.report["calibration"] if source.report else None,
         device=device,
         kernels=kernel_uses(linears, chosen, device) if problem is None else [],
+        serving=serving(model, linears) if problem is None else [],
     )
 
 

@@ -22,6 +22,7 @@ from awq_hf.matrices import shape_of
 from awq_hf.pipeline import Progress
 from awq_hf.preflight import Plan, expert_shapes, make_plan, sort_out
 from awq_hf.recipe import Recipe
+from awq_hf.serving import serving
 from awq_hf.spec import group_sizes_for
 
 
@@ -55,7 +56,7 @@ class Forecast:
     left_in_float: modules that hold matrices and are not among the kinds -> (how many, why). refusal: why quantizing would end before
     any work, or None: then `kinds` says what fits, and the rest counts as left in float.
     probed: the blocks whose weights folds were looked for with, none of a model that is on the Hub only; not_probed: blocks where that
-    failed -> why. seconds: (least, most) of the run without loading and saving.
+    failed -> why. seconds: (least, most) of the run without loading and saving. serving: see awq_hf.serving.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Forecast:
     memory: dict[str, int]
     memory_free: int | None
     seconds: tuple[float, float] | None
+    serving: list[str]
 
     @property
     def fits(self) -> bool | None:
@@ -142,6 +144,7 @@ def forecast(source: Source, config: AwqConfig, dtype: str, device: str, progres
         memory=memory,
         memory_free=None if free is None else free + sum(program.values()),
         seconds=seconds,
+        serving=serving(empty, model.packed),
     )
 
 

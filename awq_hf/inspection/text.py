@@ -104,6 +104,7 @@ def _result(found: Forecast) -> list[str]:
         f"Time    about {duration(found.seconds)} for {found.calibration['samples']} windows of {found.calibration['seq_len']} tokens",
         "Memory and time are estimates; time at the speed that this machine has just now.",
     ]
+    lines[-2:-2] = _serving(found.serving)
     if not found.probed:
         lines.append("Without the weights they are rougher: every Linear counts as having its own input.")
     if found.fits is False:
@@ -111,6 +112,10 @@ def _result(found: Forecast) -> list[str]:
         remedy = "The model alone is larger." if alone else "Fewer --samples or a shorter --seq-len take less."
         lines += ["", f"WARNING: this will not fit in the memory that is free on {found.device}. {remedy}"]
     return lines
+
+
+def _serving(sentences: list[str]) -> list[str]:
+    return [f"{'' if i else 'Serving':<8}{sentence}" for i, sentence in enumerate(sentences)]
 
 
 def _breakdown(sizes: dict[str, int]) -> list[str]:
@@ -140,6 +145,7 @@ def _contents(found: Contents) -> list[str]:
         )
     for use in found.kernels:
         lines += _kernels(use, found.device)
+    lines += _serving(found.serving)
     lines.append("Its tensors fit its config." if found.problem is None else f"PROBLEM: awq-hf cannot load it: {found.problem}")
     return lines
 

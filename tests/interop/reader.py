@@ -7,6 +7,7 @@ For every FOLDER/*/ that has checkpoint/ and prompt.json (a text, or a list of t
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,19 @@ def gptq(checkpoint: Path, prompt: str | list[int]) -> Any:
         return model(torch.tensor([prompt])).logits[0].float()
 
 
+def vllm(checkpoint: Path, prompt: str | list[int]) -> Any:
+    """vLLM, in this process and without compiling, in the checkpoint's dtype: in float32 it does not multiply 4 bits."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    from vllm import LLM, SamplingParams
+
+    model = LLM(str(checkpoint), enforce_eager=True, max_logprobs=-1, logprobs_mode="raw_logits")
+    prompt = model.get_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
+    everything = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, prompt_logprobs=-1, detokenize=False)
+    (found,) = model.generate([{"prompt_token_ids": prompt}], everything, use_tqdm=False)
+    rows = [*found.prompt_logprobs[1:], found.outputs[0].logprobs[0]]  # each of them for the token after it
+    return np.array([[row[token].logprob for token in range(len(row))] for row in rows], dtype=np.float32)
+
+
 PROGRAMS = {
     "mlx": mlx,
     "gptqmodel": gptqmodel,
@@ -109,6 +123,7 @@ PROGRAMS = {
     "compressed_tensors": compressed_tensors,
     "decompressor": decompressor,
     "gptq": gptq,
+    "vllm": vllm,
 }
 
 
