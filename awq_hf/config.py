@@ -29,7 +29,7 @@ class AwqConfig(TransformersAwqConfig):
     """Options for quantizing inside from_pretrained, and the description of a quantized checkpoint.
 
     bits: 2, 3, 4 or 8; group_size: 16, 32, 64, 128, 256, or -1 for one group a row; zero_point: False for symmetric grids.
-    modules_to_not_convert: Linears whose name contains one of these strings stay in float.
+    modules_to_not_convert: Linears whose name contains one of these strings stay in float; a string in no module's name is refused.
     overrides: part of a name -> {"bits": ..., "group_size": ..., "zero_point": ...}, or None to leave those Linears in float; the first
         part that a name contains counts. Widths or groups that differ are our own format: other programs do not read it.
     calibration: samples windows of seq_len tokens (None: 512, or as many as the model takes) are drawn with seed from
