@@ -24,6 +24,7 @@ from awq_hf.exporters.table import GGUF, exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole
 from awq_hf.recipe_file import Run, write_recipe
+from awq_hf.unfinished import check_whole
 
 LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # options that say where
 
@@ -115,6 +116,7 @@ def export(
 
 
 def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedModel:
+    check_whole(model)
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized already; quantize the float model, or call model.dequantize() first")
     quantizer = AwqHfQuantizer(config, pre_quantized=False)
@@ -124,7 +126,7 @@ def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedM
     model.hf_quantizer = quantizer
     try:
         quantizer.postprocess_model(model)
-    except Exception:
+    except BaseException:  # Ctrl-C as well
         quantizer.remove_quantization_config(model)
         raise
     return model
@@ -157,6 +159,7 @@ def save(model: PreTrainedModel, target: Path, tokenizer: Any, add: Callable[[Pa
 
     options: of save_pretrained.
     """
+    check_whole(model)
     with whole(target) as partial:
         partial.mkdir()
         model.save_pretrained(partial, **options)

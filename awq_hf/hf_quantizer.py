@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
-from awq_hf import base_model, compat
+from awq_hf import base_model, compat, unfinished
 from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
@@ -94,6 +94,7 @@ class AwqHfQuantizer(HfQuantizer):
         model.awq_report = report
         prepare_kernels(model)
         compat.after_saving(model, _complete, _push)
+        unfinished.end(model)
         return model
 
     def _finish_loading(self, model: Any) -> None:

@@ -29,6 +29,7 @@ from awq_hf.kernels.layout import GEMM, WIDE, unpack
 from awq_hf.linear import unpack_weight
 from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.stored import DTYPES, NAMES, ZEROS, Packed, find_packed, is_finite
+from awq_hf.unfinished import check_whole
 
 # What lies beside weights and belongs to the model: generation config, tokenizer, processor, chat template, remote code, licence.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.codes", "*.spm", "LICENSE*", "NOTICE*")
@@ -207,6 +208,7 @@ def _config(directory: Path, content: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _in_memory(model: PreTrainedModel) -> Checkpoint:
+    check_whole(model)
     label = model.name_or_path or type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{label} has adapters attached; merge them into the model, or delete them, before it is exported")
