@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from awq_hf.compat import class_of, commit_of, progress_bar
+from awq_hf.compat import class_of, commit_of, forget_gguf, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -45,10 +45,10 @@ def quantize(
 ) -> PreTrainedModel:
     """Quantize a model and return it; with `output_dir`, also write weights, config, tokenizer, report.json and recipe.yaml there.
 
-    model: a directory, a Hub id, or a float model in memory, which is quantized in place. tokenizer: for the calibration text, where the
-    one beside the model is not to be used. resume: keep finished blocks in `output_dir`.progress until the result is written, and go on
-    from those that an interrupted run with resume left there; the result is the same to the last bit. load_options go to from_pretrained
-    (dtype, device_map, revision, ...).
+    model: a directory, a Hub id, or a float model in memory, also one that came out of a GGUF file, which is quantized in place.
+    tokenizer: for the calibration text, where the one beside the model is not to be used. resume: keep finished blocks in
+    `output_dir`.progress until the result is written, and go on from those that an interrupted run with resume left there; the result is
+    the same to the last bit. load_options go to from_pretrained (dtype, device_map, revision, ...).
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
     target = None if output_dir is None else check_output(output_dir)
@@ -117,6 +117,7 @@ def export(
 
 def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedModel:
     check_whole(model)
+    gguf_file = forget_gguf(model)
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized already; quantize the float model, or call model.dequantize() first")
     quantizer = AwqHfQuantizer(config, pre_quantized=False)
@@ -129,6 +130,10 @@ def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedM
     except BaseException:  # Ctrl-C as well
         quantizer.remove_quantization_config(model)
         raise
+    if gguf_file is not None:
+        note = f"the float weights came out of {gguf_file}, whose own rounding they keep: the original model would give a better result"
+        model.awq_report.notes.append(note)
+        logger.warning("%s", note)
     return model
 
 

@@ -289,6 +289,24 @@ def skip_initialization(model: Any, names: Iterable[str]) -> None:
             module._is_hf_initialized = True
 
 
+def forget_gguf(model: Any) -> str | None:
+    """Take from a model what transformers' reader of GGUF files left on it, and return the file's name; None for all other models.
+
+    Raises ValueError where its weights are still the file's blocks.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != "gguf":
+        return None
+    file = Path(quantizer.quantization_config.gguf_file or "a GGUF file").name
+    if packed := list(getattr(quantizer, "packed_modules", ())):
+        raise ValueError(
+            f"{packed[0]} is in memory as {file} holds it, in blocks that are quantized already; to quantize what they decode to, load it "
+            "with quantization_config=transformers.GgufConfig(dequantize=True)"
+        )
+    quantizer.remove_quantization_config(model)
+    return file
+
+
 def is_offloaded(module: Any) -> bool:
     """Whether accelerate keeps the module's weights elsewhere and brings them for every call."""
     hook = getattr(module, "_hf_hook", None)
