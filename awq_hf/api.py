@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from awq_hf.compat import class_of, commit_of, forget_gguf, progress_bar
+from awq_hf.compat import check_not_split, class_of, commit_of, forget_gguf, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -120,6 +120,7 @@ def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedM
     gguf_file = forget_gguf(model)
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized already; quantize the float model, or call model.dequantize() first")
+    check_not_split(model)
     quantizer = AwqHfQuantizer(config, pre_quantized=False)
     quantizer.prepare(model)
     model.is_quantized = True

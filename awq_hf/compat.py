@@ -307,6 +307,25 @@ def forget_gguf(model: Any) -> str | None:
     return file
 
 
+SPLITS = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")  # of a DistributedConfig; 1 where nothing is split
+
+
+def check_not_split(model: Any) -> None:
+    """Raise ValueError for a model that transformers is to split over several processes, or that is split already.
+
+    from_pretrained notes in the config what tp_plan or distributed_config come to; a device_mesh alone has no effect.
+    """
+    wanted = getattr(model.config, "distributed_config", None)
+    sizes = [f"{name}={size}" for name in SPLITS if (size := getattr(wanted, name, None) or 1) > 1]
+    if not sizes and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        sizes = ["its weights are DTensors"]
+    if sizes:
+        raise ValueError(
+            f"{type(model).__name__} is split over several processes ({', '.join(sizes)}), and packed weights are neither made nor loaded "
+            'so: leave out tp_plan and distributed_config; device_map="auto" spreads a quantized model over the devices of one process'
+        )
+
+
 def is_offloaded(module: Any) -> bool:
     """Whether accelerate keeps the module's weights elsewhere and brings them for every call."""
     hook = getattr(module, "_hf_hook", None)
