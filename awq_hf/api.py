@@ -16,7 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from awq_hf.compat import check_not_split, class_of, commit_of, forget_gguf, progress_bar
+from awq_hf.beside import load_beside, places_beside
+from awq_hf.compat import check_not_split, class_of, forget_gguf, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -169,16 +170,16 @@ def save(model: PreTrainedModel, target: Path, tokenizer: Any, add: Callable[[Pa
     with whole(target) as partial:
         partial.mkdir()
         model.save_pretrained(partial, **options)
-        _save_tokenizer(tokenizer, partial, commit_of(model, tokenizer))
-        _copy_processor(model.name_or_path, partial, commit_of(model, model.name_or_path))
+        _save_tokenizer(model, tokenizer, partial)
+        _copy_processor(model, partial)
         add(partial)
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path, revision: str | None) -> None:
+def _save_tokenizer(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
     """A model that was calibrated on tokens may have no tokenizer beside it: that is said, and no reason to throw the work away."""
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
+            tokenizer = load_beside(AutoTokenizer.from_pretrained, model, tokenizer)
         except (OSError, ValueError) as error:
             logger.warning("no tokenizer was written: none was found at %r (%s)", str(tokenizer), str(error).splitlines()[0])
             return
@@ -186,10 +187,12 @@ def _save_tokenizer(tokenizer: Any, directory: Path, revision: str | None) -> No
         tokenizer.save_pretrained(directory)
 
 
-def _copy_processor(source: str, directory: Path, revision: str | None) -> None:
+def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
     """Copy what prepares images, sound and video from beside the original model; most models have none of it."""
     quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    for name in PROCESSOR_FILES if source else ():  # a model made in memory comes from nowhere
-        found = cached_file(source, name, revision=revision, **quiet)
+    source = model.name_or_path
+    places = places_beside(model, source) if source else []  # a model made in memory comes from nowhere
+    for name in PROCESSOR_FILES:
+        found = next(filter(None, (cached_file(source, name, **where, **quiet) for where in places)), None)
         if found is not None and not (directory / name).exists():
             shutil.copyfile(found, directory / name)

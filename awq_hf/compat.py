@@ -30,7 +30,6 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
-from transformers.utils.hub import extract_commit_hash
 
 METHOD = "awq"
 HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
@@ -89,17 +88,6 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
 def forget_after_saving(model: Any) -> None:
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
-
-
-def remember_commit(model: Any, files: Sequence[str]) -> None:
-    """Note in model.config the Hub's commit that its files are of, as older transformers do; it is not saved."""
-    if files and (commit := extract_commit_hash(files[0], None)) is not None:
-        model.config._commit_hash = commit
-
-
-def commit_of(model: Any, source: Any) -> str | None:
-    """The Hub's commit that `model` was loaded from, if `source` is where that was: what lies beside it is of the same."""
-    return getattr(model.config, "_commit_hash", None) if str(source) == model.config.name_or_path else None
 
 
 class Conversion(NamedTuple):

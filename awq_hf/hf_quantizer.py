@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
 from awq_hf import base_model, compat, unfinished
+from awq_hf.beside import load_beside, remember_place
 from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
@@ -55,7 +56,7 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
         compat.check_not_split(model)
-        compat.remember_commit(model, files)
+        remember_place(model, files)
         if self.pre_quantized:
             self.loading = begin(model, files, config.spec_of, config.version)
             return
@@ -152,9 +153,9 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
     if not isinstance(source, (str, os.PathLike)):
         return source
     try:
-        return AutoTokenizer.from_pretrained(source, revision=compat.commit_of(model, source))
+        return load_beside(AutoTokenizer.from_pretrained, model, source)
     except (OSError, ValueError) as error:
-        processor = _processor(source, compat.commit_of(model, source))
+        processor = _processor(model, source)
         if processor is None:
             raise ValueError(
                 f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "
@@ -181,12 +182,12 @@ def _push(model: Any, repo_id: str, tags: Any = None, **options: Any) -> CommitI
     return CommitInfo(done.commit_url or "", message, description, done.commit or "", pr_url=done.pull_request)
 
 
-def _processor(source: str | os.PathLike[str], revision: str | None) -> Any:
+def _processor(model: Any, source: str | os.PathLike[str]) -> Any:
     """The processor of a model for images or sound, if there is one and it has a tokenizer."""
     from transformers import AutoProcessor  # not above: it imports the table of all processors
 
     try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
+        processor = load_beside(AutoProcessor.from_pretrained, model, source)
     except (OSError, ValueError):
         return None
     return processor if hasattr(processor, "tokenizer") else None

@@ -26,6 +26,7 @@ ALLOWED = {
     "parallel": "",
     "freed": "",
     "unfinished": "",
+    "beside": "",
     "calibration": "spec parallel",
     "folding": "spec",
     "transforms": "spec affine parallel calibration folding",
@@ -52,15 +53,15 @@ ALLOWED = {
     "evaluate": "calibration",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
-    "hf_quantizer": "unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint preflight "
-    "skip_list pipeline prepare compat config",
-    "to_gguf": "blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
+    "hf_quantizer": "beside unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint "
+    "preflight skip_list pipeline prepare compat config",
+    "to_gguf": "beside blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
     "recipe_file": "config",
-    "api": "unfinished recipe_file config hf_quantizer compat exporters output to_gguf",
+    "api": "beside unfinished recipe_file config hf_quantizer compat exporters output to_gguf",
     "push": "api exporters model_cards report",
-    "exporters": "unfinished spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored skip_list config "
-    "compat output",
+    "exporters": "beside unfinished spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored skip_list "
+    "config compat output",
     "model_cards": "headers skip_list evaluation_table exporters.table",
     "inspection": "spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe rounding "
     "preflight report pipeline linear config model_cards",
@@ -75,6 +76,7 @@ TRANSFORMERS = {
     "config",
     "hf_quantizer",
     "compat",
+    "beside",
     "calibration",
     "exporters",
     "api",
