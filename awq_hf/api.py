@@ -13,11 +13,11 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from awq_hf.beside import load_beside, places_beside
-from awq_hf.compat import check_not_split, class_of, forget_gguf, progress_bar
+from awq_hf.compat import check_code, check_not_split, class_for, forget_gguf, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -58,6 +58,7 @@ def quantize(
     kind = None if isinstance(model, PreTrainedModel) else check_model(model, load_options)
     config = copy.copy(config or AwqConfig())
     config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
+    config.trust_remote_code = bool(load_options.get("trust_remote_code"))
     config.keep_in = target.with_name(f"{target.name}.progress") if resume and target is not None else None
     if isinstance(model, PreTrainedModel):
         if load_options:
@@ -80,8 +81,12 @@ def quantize(
 def _run_of(load_options: dict[str, Any]) -> tuple[Run, tuple[str, ...]]:
     """Options for loading, as a recipe has them, and a note on those that it has not."""
     dtype, device = load_options.get("dtype") or "auto", load_options.get("device_map")
-    run = Run(dtype=str(dtype).removeprefix("torch."), device=f"cuda:{device}" if isinstance(device, int) else device)
-    rest = load_options.keys() - {"revision", "dtype", "device_map", "token"}
+    run = Run(
+        dtype=str(dtype).removeprefix("torch."),
+        device=f"cuda:{device}" if isinstance(device, int) else device,
+        trust_remote_code=bool(load_options.get("trust_remote_code")),
+    )
+    rest = load_options.keys() - {"revision", "dtype", "device_map", "token", "trust_remote_code"}
     if not isinstance(run.device, str | None):
         run, rest = replace(run, device=None), rest | {"device_map"}
     return run, (f"Options for loading were given that a recipe does not hold: {', '.join(sorted(rest))}",) if rest else ()
@@ -140,9 +145,10 @@ def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedM
 
 
 def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> Any:
-    """The class to load a model with: the one it was saved from; with trust_remote_code what AutoModelForCausalLM finds.
+    """The class to load a model with: the one it was saved from; with trust_remote_code that of its own code, if it has some.
 
-    Raises ValueError for a name that is neither a directory here nor a repository of the Hub, and for a model that is quantized.
+    Raises ValueError for a name that is neither a directory here nor a repository of the Hub, for a model that is quantized, and for one
+    whose code comes with it without trust_remote_code.
     """
     name = os.fspath(model)
     if Path(name).is_dir():
@@ -158,7 +164,9 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "of unknown method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"{name} is quantized already ({method}); quantize the float model that it was made from")
-    return AutoModelForCausalLM if load_options.get("trust_remote_code") else class_of(config.get("architectures"))
+    trusted = bool(load_options.get("trust_remote_code"))
+    check_code(config, name, trusted)
+    return class_for(config, trusted)
 
 
 def save(model: PreTrainedModel, target: Path, tokenizer: Any, add: Callable[[Path], object] = lambda _: None, **options: Any) -> None:

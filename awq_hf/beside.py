@@ -8,14 +8,16 @@ from typing import Any
 
 from transformers.utils.hub import extract_commit_hash
 
-SUBFOLDER = "_awq_hf_subfolder"
+SUBFOLDER, TRUSTED = "_awq_hf_subfolder", "_awq_hf_trusted"
 
 
-def remember_place(model: Any, files: Sequence[str]) -> None:
-    """Note where the model's files are: in model.config the Hub's commit, as older transformers do, and on the model the subfolder.
+def remember_place(model: Any, files: Sequence[str], trusted: bool = False) -> None:
+    """Note where the model's files are: in model.config the Hub's commit, as older transformers do, and on the model the subfolder; and
+    whether code in them may run.
 
-    Neither is saved.
+    Nothing of this is saved.
     """
+    setattr(model, TRUSTED, trusted)
     if not files:
         return
     if (commit := extract_commit_hash(files[0], None)) is not None:
@@ -41,11 +43,17 @@ def places_beside(model: Any, source: Any) -> list[dict[str, Any]]:
 
 
 def load_beside(load: Callable[..., Any], model: Any, source: Any) -> Any:
-    """load(source, **where) of the first place that has it. Raises the OSError or ValueError of the last one."""
+    """load(source, **where) of the first place that has it; load: some class's from_pretrained. Raises the OSError or ValueError of the
+    last one.
+
+    Code in `source` runs only where the model is from there, and its own may run.
+    """
+    trusted = getattr(model, TRUSTED, False) or model.is_remote_code()
+    options = {"trust_remote_code": trusted and str(source) == model.config.name_or_path}
     *others, last = places_beside(model, source)
     for where in others:
         try:
-            return load(source, **where)
+            return load(source, **where, **options)
         except (OSError, ValueError):
             continue
-    return load(source, **last)
+    return load(source, **last, **options)

@@ -282,7 +282,7 @@ def forget_gguf(model: Any) -> str | None:
 
     Raises ValueError where its weights are still the file's blocks.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != "gguf":
         return None
     file = Path(quantizer.quantization_config.gguf_file or "a GGUF file").name
@@ -329,12 +329,39 @@ def class_of(architectures: Sequence[str] | None) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def empty_model(config: Any, dtype: Any) -> Any:
+class UntrustedCode(ValueError):
+    """A model whose code comes with it, which nobody said may run."""
+
+
+def check_code(content: Mapping[str, Any], name: str, trusted: bool) -> None:
+    """Raise UntrustedCode for the config.json of a model that transformers does not know, but has code with it."""
+    if content.get("auto_map") and not trusted and content.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise UntrustedCode(
+            f"{name} is a model of the type {content.get('model_type')!r}, whose code comes with it; read it, and if you trust it, say so: "
+            "--trust-remote-code, in Python trust_remote_code=True"
+        )
+
+
+def read_config(name: str | os.PathLike[str], trusted: bool, **location: Any) -> Any:
+    """AutoConfig.from_pretrained, which asks whether code may run; here it runs if `trusted`, and else that is an UntrustedCode."""
+    content, _ = transformers.PreTrainedConfig.get_config_dict(name, **location)
+    check_code(content, os.fspath(name), trusted)
+    return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **location)
+
+
+def class_for(config: Any, trusted: bool) -> Any:
+    """The class to load a model with: its own code's if that may run, else `class_of`. config: transformers', or config.json's content."""
+    content = config if isinstance(config, dict) else vars(config)
+    own = trusted and "AutoModelForCausalLM" in (content.get("auto_map") or {})
+    return transformers.AutoModelForCausalLM if own else class_of(content.get("architectures"))
+
+
+def empty_model(config: Any, dtype: Any, trusted: bool = False) -> Any:
     """A model of the config's own class on the meta device. Raises ValueError when transformers cannot build it."""
-    kind = class_of(config.architectures)
+    kind = class_for(config, trusted)
     with torch.device("meta"):
         if kind is transformers.AutoModelForCausalLM:
-            return kind.from_config(config, dtype=dtype, trust_remote_code=False)
+            return kind.from_config(config, dtype=dtype, trust_remote_code=trusted)
         return kind._from_config(config, dtype=dtype)
 
 

@@ -95,6 +95,7 @@ class AwqConfig(TransformersAwqConfig):
         self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
         self.output_dir: Path | None = None  # where quantize() will write: checked for room before any work
         self.keep_in: Path | None = None  # where quantize() keeps finished blocks, to resume
+        self.trust_remote_code = False  # whether quantize() may run what comes with the model: its tokenizer may be of that kind
         self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
         recipe = self.recipe()  # refuses what does not exist
         # None: read from a config that does not say

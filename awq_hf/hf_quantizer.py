@@ -56,7 +56,7 @@ class AwqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
         compat.check_not_split(model)
-        remember_place(model, files)
+        remember_place(model, files, config.trust_remote_code)
         if self.pre_quantized:
             self.loading = begin(model, files, config.spec_of, config.version)
             return

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
@@ -47,7 +48,7 @@ def test_a_model_is_not_split_over_processes(
 
 def test_a_model_in_memory_that_is_split(two_processes: None, tiny_llama: Callable[..., Any], small_config: Callable[..., Any]) -> None:
     model = tiny_llama()
-    mesh = distributed.init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     linear = model.model.layers[0].mlp.up_proj
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, mesh, [Shard(0)]))
     with pytest.raises(ValueError, match=r"split over several processes \(its weights are DTensors\)"):
