@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_uti
 
 import awq_hf
 from awq_hf import AwqConfig
+from awq_hf.model_cards.card import make_card
 
 PLAIN = ["--samples", "2", "--seq-len", "32", "--rounding", "nearest", "--device", "cpu"]
 RAN = "import os, pathlib\npathlib.Path(os.environ['OWN_CODE_RAN']).touch()\n"
@@ -101,6 +102,9 @@ def test_with_the_flag_it_runs_and_comes_along(run: Run, own: Path, demo_dir: Pa
     with torch.no_grad():
         torch.testing.assert_close(model(prompt).logits.float(), dense(prompt).logits.float(), rtol=0.1, atol=0.1)
     assert type(AutoTokenizer.from_pretrained(out, trust_remote_code=True)).__name__ == "OwnTokenizer"
+    card = make_card(out)["README.md"].decode()
+    assert card.count("trust_remote_code=True)") == 2 and "vllm serve out --trust-remote-code" in card
+    assert "--recipe recipe.yaml OUT --trust-remote-code" in card.replace(f"# Repeat{card.partition('# Repeat')[2]}", "")
     for words in (["eval", out, "--reference", own, "--text", text], ["inspect", own], ["inspect", out]):
         assert run(*words, "--trust-remote-code").status == 0
 
