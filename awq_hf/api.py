@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from awq_hf.beside import load_beside, places_beside
-from awq_hf.compat import check_code, check_not_split, class_for, forget_gguf, progress_bar
+from awq_hf.classes import check_code, class_for
+from awq_hf.compat import check_not_split, forget_gguf, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from awq_hf import base_model
 from awq_hf.affine import choose_grid, fake_quantize
 from awq_hf.calibration.data import load_windows
-from awq_hf.compat import Conv1D, class_for, loaded_whole, read_config
+from awq_hf.classes import class_for, loaded_whole, read_config
+from awq_hf.compat import Conv1D
 from awq_hf.evaluate import Texts, evaluate_many
 from awq_hf.linear import PackedModule
 from awq_hf.machine import machine, versions

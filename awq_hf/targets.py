@@ -9,6 +9,7 @@ from typing import Any
 
 from awq_hf import compat
 from awq_hf.base_model import identify
+from awq_hf.classes import empty_model, read_config
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import Checkpoint, Entry, open_checkpoint
 from awq_hf.exporters.dense import DTYPES
@@ -75,8 +76,8 @@ def places(
     """
     if not targets:
         return []
-    architecture = compat.read_config(model, trusted, **location)
-    empty = compat.empty_model(architecture, getattr(architecture, "dtype", None), trusted)
+    architecture = read_config(model, trusted, **location)
+    empty = empty_model(architecture, getattr(architecture, "dtype", None), trusted)
     recipe = config.recipe(getattr(architecture.get_text_config(), "max_position_embeddings", None))
     specs = make_plan(empty, recipe).specs
     for target in targets:

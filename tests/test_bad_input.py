@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written_to_is_tried_before_any_work(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("awq_hf.output.tempfile.mkdtemp", refuse)
-    monkeypatch.setattr("awq_hf.api.AutoModelForCausalLM", None)
+    monkeypatch.setattr("awq_hf.api.check_model", None)
     assert is_one_sentence(run("quantize", demo_dir / "model", tmp_path / "out"), "Read-only file system", "cannot be written to")
 
 

@@ -145,7 +145,7 @@ def shared_tokenizer(models: list[str], text: Path | None, trusted: bool) -> Any
     """
     from transformers import AutoTokenizer
 
-    from awq_hf.compat import read_config
+    from awq_hf.classes import read_config
     from awq_hf.evaluate import check_same_tokens
 
     tokenizers = {}

@@ -69,7 +69,7 @@ def evaluate(
 def _compared(models: list[str], reference: str | None, text: Path | None, options: dict[str, Any], how: dict[str, Any]) -> Any:
     """A row for each model."""
     import awq_hf
-    from awq_hf.compat import class_for, read_config
+    from awq_hf.classes import class_for, read_config
     from awq_hf.measure import weights_bytes
 
     def load(given: str) -> Any:

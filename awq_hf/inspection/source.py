@@ -14,7 +14,7 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from awq_hf import compat
+from awq_hf import classes
 from awq_hf.headers import Headers, TensorInfo, read_headers, weight_files
 from awq_hf.report import REPORT_NAME
 
@@ -56,7 +56,7 @@ class Source:
     def empty_model(self, dtype: torch.dtype) -> Any:
         """The model on the meta device: names, shapes and ties, no memory. Raises ValueError when transformers cannot build it."""
         try:
-            return compat.empty_model(self.config, dtype, self.trusted)
+            return classes.empty_model(self.config, dtype, self.trusted)
         except ValueError as error:
             raise ValueError(f"{self.name}: transformers cannot build a model from its config: {_first_line(error)}") from error
 
@@ -78,8 +78,8 @@ def open_source(name: str, revision: str | None = None, trusted: bool = False) -
     headers = read_headers(weight_files(directory, name), str(directory))
     report = directory / REPORT_NAME
     try:
-        config = compat.read_config(directory, trusted)
-    except compat.UntrustedCode:
+        config = classes.read_config(directory, trusted)
+    except classes.UntrustedCode:
         raise
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: transformers cannot read its config.json: {_first_line(error)}") from error
@@ -108,13 +108,13 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 def _from_hub(repo: str, revision: str | None, trusted: bool) -> Source:
     """Config and headers over the network: some hundred kilobytes."""
     try:
-        config = compat.read_config(repo, trusted, revision=revision)
+        config = classes.read_config(repo, trusted, revision=revision)
         files = get_safetensors_metadata(repo, revision=revision).files_metadata
         try:
             report = _read_report(Path(hf_hub_download(repo, REPORT_NAME, revision=revision)))
         except EntryNotFoundError:
             report = None
-    except compat.UntrustedCode:
+    except classes.UntrustedCode:
         raise
     except Exception as error:  # of the network, the Hub and transformers: many classes, all of them the same to a user
         raise ValueError(f"{repo} is no directory here, and the Hub does not give such a model: {_first_line(error)}") from error
