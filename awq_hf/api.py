@@ -13,10 +13,12 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from awq_hf.compat import class_of, commit_of, progress_bar
+from awq_hf.beside import load_beside, places_beside
+from awq_hf.classes import check_code, class_for
+from awq_hf.compat import check_not_split, forget_gguf, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -24,6 +26,7 @@ from awq_hf.exporters.table import GGUF, exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole
 from awq_hf.recipe_file import Run, write_recipe
+from awq_hf.unfinished import check_whole
 
 LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # options that say where
 
@@ -44,10 +47,10 @@ def quantize(
 ) -> PreTrainedModel:
     """Quantize a model and return it; with `output_dir`, also write weights, config, tokenizer, report.json and recipe.yaml there.
 
-    model: a directory, a Hub id, or a float model in memory, which is quantized in place. tokenizer: for the calibration text, where the
-    one beside the model is not to be used. resume: keep finished blocks in `output_dir`.progress until the result is written, and go on
-    from those that an interrupted run with resume left there; the result is the same to the last bit. load_options go to from_pretrained
-    (dtype, device_map, revision, ...).
+    model: a directory, a Hub id, or a float model in memory, also one that came out of a GGUF file, which is quantized in place.
+    tokenizer: for the calibration text, where the one beside the model is not to be used. resume: keep finished blocks in
+    `output_dir`.progress until the result is written, and go on from those that an interrupted run with resume left there; the result is
+    the same to the last bit. load_options go to from_pretrained (dtype, device_map, revision, ...).
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
     target = None if output_dir is None else check_output(output_dir)
@@ -56,6 +59,7 @@ def quantize(
     kind = None if isinstance(model, PreTrainedModel) else check_model(model, load_options)
     config = copy.copy(config or AwqConfig())
     config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
+    config.trust_remote_code = bool(load_options.get("trust_remote_code"))
     config.keep_in = target.with_name(f"{target.name}.progress") if resume and target is not None else None
     if isinstance(model, PreTrainedModel):
         if load_options:
@@ -78,8 +82,12 @@ def quantize(
 def _run_of(load_options: dict[str, Any]) -> tuple[Run, tuple[str, ...]]:
     """Options for loading, as a recipe has them, and a note on those that it has not."""
     dtype, device = load_options.get("dtype") or "auto", load_options.get("device_map")
-    run = Run(dtype=str(dtype).removeprefix("torch."), device=f"cuda:{device}" if isinstance(device, int) else device)
-    rest = load_options.keys() - {"revision", "dtype", "device_map", "token"}
+    run = Run(
+        dtype=str(dtype).removeprefix("torch."),
+        device=f"cuda:{device}" if isinstance(device, int) else device,
+        trust_remote_code=bool(load_options.get("trust_remote_code")),
+    )
+    rest = load_options.keys() - {"revision", "dtype", "device_map", "token", "trust_remote_code"}
     if not isinstance(run.device, str | None):
         run, rest = replace(run, device=None), rest | {"device_map"}
     return run, (f"Options for loading were given that a recipe does not hold: {', '.join(sorted(rest))}",) if rest else ()
@@ -115,8 +123,11 @@ def export(
 
 
 def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedModel:
+    check_whole(model)
+    gguf_file = forget_gguf(model)
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized already; quantize the float model, or call model.dequantize() first")
+    check_not_split(model)
     quantizer = AwqHfQuantizer(config, pre_quantized=False)
     quantizer.prepare(model)
     model.is_quantized = True
@@ -124,16 +135,21 @@ def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedM
     model.hf_quantizer = quantizer
     try:
         quantizer.postprocess_model(model)
-    except Exception:
+    except BaseException:  # Ctrl-C as well
         quantizer.remove_quantization_config(model)
         raise
+    if gguf_file is not None:
+        note = f"the float weights came out of {gguf_file}, whose own rounding they keep: the original model would give a better result"
+        model.awq_report.notes.append(note)
+        logger.warning("%s", note)
     return model
 
 
 def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> Any:
-    """The class to load a model with: the one it was saved from; with trust_remote_code what AutoModelForCausalLM finds.
+    """The class to load a model with: the one it was saved from; with trust_remote_code that of its own code, if it has some.
 
-    Raises ValueError for a name that is neither a directory here nor a repository of the Hub, and for a model that is quantized.
+    Raises ValueError for a name that is neither a directory here nor a repository of the Hub, for a model that is quantized, and for one
+    whose code comes with it without trust_remote_code.
     """
     name = os.fspath(model)
     if Path(name).is_dir():
@@ -149,7 +165,9 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "of unknown method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"{name} is quantized already ({method}); quantize the float model that it was made from")
-    return AutoModelForCausalLM if load_options.get("trust_remote_code") else class_of(config.get("architectures"))
+    trusted = bool(load_options.get("trust_remote_code"))
+    check_code(config, name, trusted)
+    return class_for(config, trusted)
 
 
 def save(model: PreTrainedModel, target: Path, tokenizer: Any, add: Callable[[Path], object] = lambda _: None, **options: Any) -> None:
@@ -157,19 +175,20 @@ def save(model: PreTrainedModel, target: Path, tokenizer: Any, add: Callable[[Pa
 
     options: of save_pretrained.
     """
+    check_whole(model)
     with whole(target) as partial:
         partial.mkdir()
         model.save_pretrained(partial, **options)
-        _save_tokenizer(tokenizer, partial, commit_of(model, tokenizer))
-        _copy_processor(model.name_or_path, partial, commit_of(model, model.name_or_path))
+        _save_tokenizer(model, tokenizer, partial)
+        _copy_processor(model, partial)
         add(partial)
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path, revision: str | None) -> None:
+def _save_tokenizer(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
     """A model that was calibrated on tokens may have no tokenizer beside it: that is said, and no reason to throw the work away."""
     if isinstance(tokenizer, (str, os.PathLike)):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
+            tokenizer = load_beside(AutoTokenizer.from_pretrained, model, tokenizer)
         except (OSError, ValueError) as error:
             logger.warning("no tokenizer was written: none was found at %r (%s)", str(tokenizer), str(error).splitlines()[0])
             return
@@ -177,10 +196,12 @@ def _save_tokenizer(tokenizer: Any, directory: Path, revision: str | None) -> No
         tokenizer.save_pretrained(directory)
 
 
-def _copy_processor(source: str, directory: Path, revision: str | None) -> None:
+def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
     """Copy what prepares images, sound and video from beside the original model; most models have none of it."""
     quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    for name in PROCESSOR_FILES if source else ():  # a model made in memory comes from nowhere
-        found = cached_file(source, name, revision=revision, **quiet)
+    source = model.name_or_path
+    places = places_beside(model, source) if source else []  # a model made in memory comes from nowhere
+    for name in PROCESSOR_FILES:
+        found = next(filter(None, (cached_file(source, name, **where, **quiet) for where in places)), None)
         if found is not None and not (directory / name).exists():
             shutil.copyfile(found, directory / name)

@@ -9,12 +9,11 @@ import json
 import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -30,7 +29,6 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import auto
 from transformers.utils import logging
-from transformers.utils.hub import extract_commit_hash
 
 METHOD = "awq"
 HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
@@ -89,17 +87,6 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
 def forget_after_saving(model: Any) -> None:
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
-
-
-def remember_commit(model: Any, files: Sequence[str]) -> None:
-    """Note in model.config the Hub's commit that its files are of, as older transformers do; it is not saved."""
-    if files and (commit := extract_commit_hash(files[0], None)) is not None:
-        model.config._commit_hash = commit
-
-
-def commit_of(model: Any, source: Any) -> str | None:
-    """The Hub's commit that `model` was loaded from, if `source` is where that was: what lies beside it is of the same."""
-    return getattr(model.config, "_commit_hash", None) if str(source) == model.config.name_or_path else None
 
 
 class Conversion(NamedTuple):
@@ -289,33 +276,44 @@ def skip_initialization(model: Any, names: Iterable[str]) -> None:
             module._is_hf_initialized = True
 
 
+def forget_gguf(model: Any) -> str | None:
+    """Take from a model what transformers' reader of GGUF files left on it, and return the file's name; None for all other models.
+
+    Raises ValueError where its weights are still the file's blocks.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) != "gguf":
+        return None
+    file = Path(quantizer.quantization_config.gguf_file or "a GGUF file").name
+    if packed := list(getattr(quantizer, "packed_modules", ())):
+        raise ValueError(
+            f"{packed[0]} is in memory as {file} holds it, in blocks that are quantized already; to quantize what they decode to, load it "
+            "with quantization_config=transformers.GgufConfig(dequantize=True)"
+        )
+    quantizer.remove_quantization_config(model)
+    return file
+
+
+SPLITS = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")  # of a DistributedConfig; 1 where nothing is split
+
+
+def check_not_split(model: Any) -> None:
+    """Raise ValueError for a model that transformers is to split over several processes, or that is split already.
+
+    from_pretrained notes in the config what tp_plan or distributed_config come to; a device_mesh alone has no effect.
+    """
+    wanted = getattr(model.config, "distributed_config", None)
+    sizes = [f"{name}={size}" for name in SPLITS if (size := getattr(wanted, name, None) or 1) > 1]
+    if not sizes and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        sizes = ["its weights are DTensors"]
+    if sizes:
+        raise ValueError(
+            f"{type(model).__name__} is split over several processes ({', '.join(sizes)}), and packed weights are neither made nor loaded "
+            'so: leave out tp_plan and distributed_config; device_map="auto" spreads a quantized model over the devices of one process'
+        )
+
+
 def is_offloaded(module: Any) -> bool:
     """Whether accelerate keeps the module's weights elsewhere and brings them for every call."""
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
-
-
-def class_of(architectures: Sequence[str] | None) -> Any:
-    """The class that a config's `architectures` names, so that a head or a vision tower is not lost; else AutoModelForCausalLM."""
-    for name in architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return transformers.AutoModelForCausalLM
-
-
-def empty_model(config: Any, dtype: Any) -> Any:
-    """A model of the config's own class on the meta device. Raises ValueError when transformers cannot build it."""
-    kind = class_of(config.architectures)
-    with torch.device("meta"):
-        if kind is transformers.AutoModelForCausalLM:
-            return kind.from_config(config, dtype=dtype, trust_remote_code=False)
-        return kind._from_config(config, dtype=dtype)
-
-
-def loaded_whole(kind: Any, place: Any, **options: Any) -> Any:
-    """kind.from_pretrained, which makes up weights that the files lack; here that is a ValueError."""
-    model, info = kind.from_pretrained(place, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
-        raise ValueError(f"{missing[0]} is not in the file, or of another shape")
-    return model

@@ -29,7 +29,7 @@ class AwqConfig(TransformersAwqConfig):
     """Options for quantizing inside from_pretrained, and the description of a quantized checkpoint.
 
     bits: 2, 3, 4 or 8; group_size: 16, 32, 64, 128, 256, or -1 for one group a row; zero_point: False for symmetric grids.
-    modules_to_not_convert: Linears whose name contains one of these strings stay in float.
+    modules_to_not_convert: Linears whose name contains one of these strings stay in float; a string in no module's name is refused.
     overrides: part of a name -> {"bits": ..., "group_size": ..., "zero_point": ...}, or None to leave those Linears in float; the first
         part that a name contains counts. Widths or groups that differ are our own format: other programs do not read it.
     calibration: samples windows of seq_len tokens (None: 512, or as many as the model takes) are drawn with seed from
@@ -95,6 +95,7 @@ class AwqConfig(TransformersAwqConfig):
         self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
         self.output_dir: Path | None = None  # where quantize() will write: checked for room before any work
         self.keep_in: Path | None = None  # where quantize() keeps finished blocks, to resume
+        self.trust_remote_code = False  # whether quantize() may run what comes with the model: its tokenizer may be of that kind
         self.extra: dict[str, Any] = {}  # keys of a checkpoint's config that we do not use and do not lose
         recipe = self.recipe()  # refuses what does not exist
         # None: read from a config that does not say

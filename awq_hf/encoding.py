@@ -15,6 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
+from awq_hf import unfinished
 from awq_hf.affine import MIN_SCALE, Grid
 from awq_hf.block import BlockWork
 from awq_hf.blocks import find_blocks
@@ -102,6 +103,7 @@ def encode_model(
         return EncodingWork(name, *rest, kinds=kinds, result=result)
 
     result.report = run(model, recipe, plan, windows, progress, make_work)
+    unfinished.end(model)
     return result
 
 

@@ -11,7 +11,8 @@ from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
-from awq_hf import base_model, compat
+from awq_hf import base_model, compat, unfinished
+from awq_hf.beside import load_beside, remember_place
 from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
@@ -55,7 +56,8 @@ class AwqHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
-        compat.remember_commit(model, files)
+        compat.check_not_split(model)
+        remember_place(model, files, config.trust_remote_code)
         if self.pre_quantized:
             self.loading = begin(model, files, config.spec_of, config.version)
             return
@@ -95,6 +97,7 @@ class AwqHfQuantizer(HfQuantizer):
         model.awq_report = report
         prepare_kernels(model)
         compat.after_saving(model, _complete, _push)
+        unfinished.end(model)
         return model
 
     def _finish_loading(self, model: Any) -> None:
@@ -156,9 +159,9 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
     if not isinstance(source, (str, os.PathLike)):
         return source
     try:
-        return AutoTokenizer.from_pretrained(source, revision=compat.commit_of(model, source))
+        return load_beside(AutoTokenizer.from_pretrained, model, source)
     except (OSError, ValueError) as error:
-        processor = _processor(source, compat.commit_of(model, source))
+        processor = _processor(model, source)
         if processor is None:
             raise ValueError(
                 f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "
@@ -185,12 +188,12 @@ def _push(model: Any, repo_id: str, tags: Any = None, **options: Any) -> CommitI
     return CommitInfo(done.commit_url or "", message, description, done.commit or "", pr_url=done.pull_request)
 
 
-def _processor(source: str | os.PathLike[str], revision: str | None) -> Any:
+def _processor(model: Any, source: str | os.PathLike[str]) -> Any:
     """The processor of a model for images or sound, if there is one and it has a tokenizer."""
     from transformers import AutoProcessor  # not above: it imports the table of all processors
 
     try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
+        processor = load_beside(AutoProcessor.from_pretrained, model, source)
     except (OSError, ValueError):
         return None
     return processor if hasattr(processor, "tokenizer") else None

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from awq_hf import base_model
 from awq_hf.affine import choose_grid, fake_quantize
 from awq_hf.calibration.data import load_windows
-from awq_hf.compat import Conv1D, class_of, loaded_whole
+from awq_hf.classes import class_for, loaded_whole, read_config
+from awq_hf.compat import Conv1D
 from awq_hf.evaluate import Texts, evaluate_many
 from awq_hf.linear import PackedModule, packed_modules
 from awq_hf.machine import machine, versions
@@ -48,18 +49,20 @@ def measure(
     max_tokens: int | None = MAX_TOKENS,
     batch_size: int = 8,
     progress: Any = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure what `awq-hf quantize` wrote into `directory` against the original; write evaluation.json there, and return its content.
 
     original: a directory or a Hub id, location: its revision and so on. texts: what calibration did not see; None: the text that comes
     with the package. Rows: the original; plain rounding of its weights, computed here, of just the Linears that were quantized, as they
     are stored; the checkpoint; each GGUF file, as transformers reads it, in float32 (another file is left out, and a warning says why).
+    trust_remote_code: run code that comes with the original, and so with the checkpoint.
     In memory are the original and one other model at a time. Raises ValueError as `evaluate` does, before a model is loaded.
     """
     folder, where = Path(directory), dict(location or {})
-    config = AutoConfig.from_pretrained(original, **where)
-    tokenizer = AutoTokenizer.from_pretrained(original, **where)
-    kind, options = class_of(config.architectures), dict(dtype=dtype, device_map=device_map)
+    config = read_config(original, trust_remote_code, **where)
+    tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=trust_remote_code, **where)
+    kind, options = class_for(config, trust_remote_code), dict(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     if not getattr(kind, "can_generate", lambda: True)():
         raise ValueError(f"{original} is a {kind.__name__}, which does not predict the next token: it cannot be measured so")
     width = seq_len or min(SEQ_LEN, getattr(config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from awq_hf import unfinished
 from awq_hf.block import BlockWork
 from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
@@ -54,7 +55,10 @@ def run(
     make_work: MakeWork = BlockWork,
     kept: KeptBlocks | None = None,
 ) -> Report:
-    """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block."""
+    """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block.
+
+    Who calls this says that the model is whole again (awq_hf/unfinished.py), when all that belongs to it is done.
+    """
     began, cpu_began = time.perf_counter(), time.process_time()
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
     report.left_in_float.update(plan.left_in_float)
@@ -88,6 +92,7 @@ def _run_blocks(
     probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
     quantized_stream = float_stream.fork()
     known_folds: dict[Any, Any] = {}
+    unfinished.begin(model)
     bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
     for index in bar:
         digest = "" if kept is None else digest_of(blocks[index])

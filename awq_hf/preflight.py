@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import nn
 
 from awq_hf import compat, representable
 from awq_hf.blocks import experts_of, find_blocks, linear_routers, matrices_of
-from awq_hf.experts import FUSED, joins_words, reason_against
+from awq_hf.experts import FUSED, holds_experts, joins_words, reason_against
 from awq_hf.kernels.layout import column_multiple
 from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.recipe import Recipe
@@ -40,18 +41,18 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """All matrices of the decoder's blocks, less those the recipe skips and small ones that do not fit. No weight is read.
 
     Raises ValueError naming every larger one that cannot be stored, the sizes that would work, and how to leave it in float; and
-    when nothing is left to quantize, or an override names nothing.
+    when nothing is left to quantize, or an override or an entry of the skip list names nothing.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only models of one of them can be quantized")
     plan, misfits = sort_out(model, recipe)
+    _check_parts(model, recipe, plan)
     if not plan.specs and not plan.experts:
         raise ValueError(_nothing_to_quantize(model, plan.left_in_float))
     if misfits:
         shapes = {name: shape_of(model.get_submodule(name)) for name in plan.specs}
         shapes |= {f"{name}.{part}": shape for name in plan.experts for part, shape in expert_shapes(model.get_submodule(name)).items()}
         raise ValueError(_refusal(misfits, shapes, recipe.spec, plan.experts))
-    _check_overrides(recipe, [*plan.specs, *plan.left_in_float, *_expert_names(model, plan)])
     return plan
 
 
@@ -124,11 +125,14 @@ def _fate_of(names: set[str], module: nn.Module, parts: dict[str, tuple[str, ...
     return gate_up, down
 
 
-def _expert_names(model: nn.Module, plan: Plan) -> Iterable[str]:
-    """One name of each kind that overrides may match."""
-    for name, parts in compat.expert_parts(model, list(plan.experts)).items():
-        for called in (name, compat.name_on_disk(model, name)):
-            yield from (f"{called}.0.{leaf}" for leaves in parts.values() for leaf in leaves)
+def _expert_names(model: nn.Module) -> list[str]:
+    """The matrices of experts that transformers fuses, by all names that the recipe may call them."""
+    modules = {name: module for name, module in model.named_modules() if holds_experts(module)}
+    found = []
+    for name, parts in (compat.expert_parts(model, list(modules)) if modules else {}).items():
+        leaves, count = [leaf for each in parts.values() for leaf in each], len(modules[name].get_parameter(FUSED[1]))
+        found += [f"{called}.{e}.{leaf}" for called in (name, compat.name_on_disk(model, name)) for leaf in leaves for e in range(count)]
+    return found
 
 
 def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -183,10 +187,28 @@ def _shortest_pattern(name: str, others: Iterable[str]) -> str:
     return next((end for end in ends if not any(end in other for other in others)), name)
 
 
-def _check_overrides(recipe: Recipe, names: Iterable[str]) -> None:
-    for pattern, _ in recipe.overrides:
-        if not any(pattern in name for name in names):
-            raise ValueError(f"overrides: {pattern!r} is in no layer's name; names look like {next(iter(names))!r}")
+def _check_parts(model: nn.Module, recipe: Recipe, plan: Plan) -> None:
+    """Raise ValueError for an override that is in no layer's name, or an entry of the skip list that is in no module's."""
+    experts = _expert_names(model)
+    layers = [*plan.specs, *plan.left_in_float, *experts]
+    modules = [*(name for name, _ in model.named_modules() if name), *experts]
+    for option, parts, names, kind in (
+        ("overrides", [part for part, _ in recipe.overrides], layers, "layer"),
+        (SKIPPED, recipe.skip, modules, "module"),
+    ):
+        for part in parts:
+            if not any(part in name for name in names):
+                near = _near(part, names)
+                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"names look like {layers[0]!r}"
+                raise ValueError(f"{option}: {part!r} is in no {kind}'s name, and has to be a part of one; {hint}")
+
+
+def _near(part: str, names: Iterable[str]) -> list[str]:
+    """Parts of the names, of as many words, that resemble one that is in none."""
+    words = part.count(".") + 1
+    split = [name.split(".") for name in names]
+    runs = {".".join(each[i : i + words]): None for each in split for i in range(len(each) - words + 1)}
+    return difflib.get_close_matches(part, runs, 3)
 
 
 def stored_bytes(model: nn.Module, plan: Plan) -> int:

@@ -37,7 +37,8 @@ class Run:
 
     model: a directory or a Hub id, of which revision is a branch, tag or commit. dtype, device: to load it. export: targets, each
     TARGET or TARGET:TYPE. measure: None for "if there is a text, or something to push". text: a file. push: a repository, private if it
-    is new and so asked. base_model: the Hub id that a card names.
+    is new and so asked. base_model: the Hub id that a card names. trust_remote_code: whether code that comes with the model was run; who
+    repeats that has to say it again.
     """
 
     model: str | None = None
@@ -50,6 +51,7 @@ class Run:
     push: str | None = None
     private: bool = False
     base_model: str | None = None
+    trust_remote_code: bool = False
 
 
 def _options() -> dict[str, tuple[Any, Any]]:
@@ -144,7 +146,8 @@ def write_recipe(directory: Path, base_model: Mapping[str, Any], config: AwqConf
     if _is_path(run.text):
         notes = (*notes, f"{chosen['text']} is needed to measure again; evaluation.json has the digest of its tokens.")
     kept = {name: chosen[name] for name in OPTIONS if chosen.get(name) is not None and name not in ("push", "private")}
-    comment = "".join(f"# {line}\n" for line in ("Repeat this run:  awq-hf quantize --recipe recipe.yaml OUT", *notes))
+    again = "awq-hf quantize --recipe recipe.yaml OUT" + " --trust-remote-code" * run.trust_remote_code
+    comment = "".join(f"# {line}\n" for line in (f"Repeat this run:  {again}", *notes))
     path = directory / RECIPE_NAME
     partial = path.with_name(f".{RECIPE_NAME}.partial")
     partial.write_text(comment + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")

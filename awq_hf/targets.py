@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from awq_hf import compat
 from awq_hf.base_model import identify
+from awq_hf.classes import empty_model, read_config
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import Checkpoint, Entry, open_checkpoint
 from awq_hf.exporters.dense import DTYPES
@@ -67,16 +66,18 @@ def _checked_type(name: str, kind: str) -> str:
     return kind
 
 
-def places(targets: Sequence[Target], model: str, location: Mapping[str, Any], config: AwqConfig, out: Path) -> list[Path]:
-    """Where in `out` each goes: a folder of the target's name, or a GGUF file in the root.
+def places(
+    targets: Sequence[Target], model: str, location: Mapping[str, Any], config: AwqConfig, out: Path, trusted: bool = False
+) -> list[Path]:
+    """Where in `out` each goes: a folder of the target's name, or a GGUF file in the root. trusted: whether the model's code may run.
 
     Raises ValueError for an architecture, a tokenizer, shapes or widths that a target cannot hold. No weights are read; for GGUF they are
     downloaded.
     """
     if not targets:
         return []
-    architecture = AutoConfig.from_pretrained(model, **location)
-    empty = compat.empty_model(architecture, getattr(architecture, "dtype", None))
+    architecture = read_config(model, trusted, **location)
+    empty = empty_model(architecture, getattr(architecture, "dtype", None), trusted)
     recipe = config.recipe(getattr(architecture.get_text_config(), "max_position_embeddings", None))
     specs = make_plan(empty, recipe).specs
     for target in targets:

@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from awq_hf import compat
+from awq_hf.beside import remember_place
 from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.calibration.data import Windows
+from awq_hf.classes import class_of
 from awq_hf.config import AwqConfig
 from awq_hf.encoding import encode_model
 from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
@@ -178,10 +180,10 @@ class _Search:
     def _load(self) -> Any:
         if isinstance(self.source, PreTrainedModel):
             return copy.deepcopy(self.source)
-        kind = compat.class_of(self.checkpoint.config.architectures)
+        kind = class_of(self.checkpoint.config.architectures)
         model = kind.from_pretrained(self.source, dtype="auto", device_map=self.device, **self.location)
         if self.checkpoint.directory is not None:
-            compat.remember_commit(model, [str(self.checkpoint.directory / "config.json")])  # the tokenizer is of the same
+            remember_place(model, [str(self.checkpoint.directory / "config.json")])  # the tokenizer is of the same
         return model
 
     def _within(self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, str]) -> dict[str, Type]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from awq_hf import compat
+from awq_hf.beside import subfolder_of
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.rope_keys import with_older_rope_keys
 from awq_hf.freed import drop_file_pages
@@ -29,6 +30,7 @@ from awq_hf.kernels.layout import GEMM, WIDE, unpack
 from awq_hf.linear import unpack_weight
 from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.stored import DTYPES, NAMES, ZEROS, Packed, find_packed, is_finite
+from awq_hf.unfinished import check_whole
 
 # What lies beside weights and belongs to the model: generation config, tokenizer, processor, chat template, remote code, licence.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.codes", "*.spm", "LICENSE*", "NOTICE*")
@@ -207,6 +209,7 @@ def _config(directory: Path, content: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _in_memory(model: PreTrainedModel) -> Checkpoint:
+    check_whole(model)
     label = model.name_or_path or type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{label} has adapters attached; merge them into the model, or delete them, before it is exported")
@@ -230,9 +233,10 @@ def _beside(model: PreTrainedModel) -> Path | None:
     """The directory that a model in memory was loaded from, if it is still there; of the Hub's, the one in the cache."""
     name = model.name_or_path
     if not name or Path(name).is_dir():
-        return Path(name) if name else None
+        return Path(name, subfolder_of(model)) if name else None
     try:
-        return Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), local_files_only=True, **_WANTED))
+        root = Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), local_files_only=True, **_WANTED))
+        return root / subfolder_of(model)
     except (LocalEntryNotFoundError, ValueError):  # an id that is none is a ValueError
         return None
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from awq_hf import compat
+from awq_hf.classes import empty_model
 from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.linear import AwqLinear, PackedModule
 from awq_hf.matrices import is_matrix
@@ -59,7 +60,7 @@ def find_modules(checkpoint: Checkpoint) -> Modules:
 
 def _empty(checkpoint: Checkpoint) -> Any:
     try:
-        return compat.empty_model(checkpoint.config, checkpoint.dtype)
+        return empty_model(checkpoint.config, checkpoint.dtype)
     except Exception:  # of code that is not here, or of a config that it does not take: the names on disk have to do
         return None
 

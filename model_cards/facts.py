@@ -59,7 +59,7 @@ class Facts:
     """directory: as the user called it. where: the repository's id, or the directory's name, which snippets use.
 
     report: report.json or None; recipe: the text of recipe.yaml or None; rows, date: of evaluation.json; reference_bytes: of the
-    original's weights. chat, tokenizer: whether there is a chat template, a tokenizer.
+    original's weights. chat, tokenizer, code: whether there is a chat template, a tokenizer, code that loading runs.
     """
 
     directory: str
@@ -75,6 +75,7 @@ class Facts:
     reference_bytes: int | None
     chat: bool
     tokenizer: bool
+    code: bool
 
     @property
     def root(self) -> Artifact | None:
@@ -131,7 +132,14 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
         reference_bytes=_whole((evaluation.get("reference") or {}).get("weights_bytes")),
         chat=_has_chat_template(path),
         tokenizer=any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")),
+        code=_has_code(path),
     )
+
+
+def _has_code(path: Path) -> bool:
+    """A model of a class that transformers knows may keep a mention of code that it came with, but not the code."""
+    configs = [path / name for name in ("config.json", "tokenizer_config.json")]
+    return any(path.glob("*.py")) and any(config.is_file() and read_json(config).get("auto_map") for config in configs)
 
 
 def missing(facts: Facts) -> list[tuple[str, str]]:

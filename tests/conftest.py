@@ -178,6 +178,11 @@ class CommandResult(NamedTuple):
     out: str
     err: str
 
+    def refused(self, *parts: str) -> bool:
+        """Whether it failed, printed nothing but an error, and that says all of `parts`, however the lines are broken."""
+        squeezed = "".join(self.err.split())
+        return (self.status, self.out) == (1, "") and all("".join(part.split()) in squeezed for part in ("error: ", *parts))
+
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandResult]:
@@ -199,3 +204,14 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return CommandResult(status, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantizing is a failure: what is wrong should have been said before."""
+    import awq_hf
+
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(awq_hf, "quantize", fail)

@@ -210,6 +210,45 @@ def test_a_damaged_weight_is_named(tiny_llama: Callable[..., Any], small_config:
     assert not model.is_quantized and not hasattr(model.config, "quantization_config")
 
 
+@pytest.mark.parametrize("exception", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["awq_hf.block.BlockWork.round_groups", "awq_hf.hf_quantizer.prepare_kernels"])
+def test_a_model_that_is_left_half_quantized_is_known(
+    exception: BaseException,
+    where: str,
+    tiny_llama: Callable[..., Any],
+    small_config: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_args: Any) -> None:
+        raise exception
+
+    model = tiny_llama()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        with pytest.raises(type(exception)):
+            awq_hf.quantize(model, small_config())
+    assert not model.is_quantized and not hasattr(model, "hf_quantizer")
+    for again in (lambda: awq_hf.quantize(model, small_config()), lambda: awq_hf.export(model, "dense", tmp_path / "out")):
+        with pytest.raises(ValueError, match="a quantization of this LlamaForCausalLM broke off .* load the model again"):
+            again()
+    assert files_in(tmp_path) == []
+
+
+def test_what_failed_before_the_work_can_be_tried_again(tiny_llama: Callable[..., Any], small_config: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="is in no module's name"):
+        awq_hf.quantize(model, small_config(modules_to_not_convert=["vision"]))
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN"):
+        awq_hf.quantize(model, small_config())
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = 0
+    quantized: Any = awq_hf.quantize(model, small_config())
+    assert quantized.is_quantized
+    again: Any = awq_hf.quantize(quantized.dequantize(), small_config())
+    assert again.is_quantized
+
+
 def test_what_prepares_images_comes_along(llama_dir: Path, small_config: Callable[..., Any], tmp_path: Path) -> None:
     source = Path(shutil.copytree(llama_dir, tmp_path / "float"))
     (source / "preprocessor_config.json").write_text('{"size": 28}')

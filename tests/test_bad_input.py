@@ -58,6 +58,7 @@ UP = "model.layers.2.mlp.up_proj.weight"
         (["--override", "down_proj=6"], ["bits=6"]),
         (["--override", "dwon_proj=8"], ["'dwon_proj' is in no layer's name"]),
         (["--override", "=8"], ["--override =8"]),
+        (["--skip", "dwon_proj"], ["modules_to_not_convert: 'dwon_proj' is in no module's name", "did you mean 'down_proj'"]),
         (["--skip", ""], ["an empty string is part of every name"]),
         (["--device", "cuda:7"], ["--device cuda:7"]),
         (["--dtype", "int8"], ["--dtype int8"]),
@@ -180,7 +181,7 @@ def test_a_folder_that_cannot_be_written_to_is_tried_before_any_work(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("awq_hf.output.tempfile.mkdtemp", refuse)
-    monkeypatch.setattr("awq_hf.api.AutoModelForCausalLM", None)
+    monkeypatch.setattr("awq_hf.api.check_model", None)
     assert is_one_sentence(run("quantize", demo_dir / "model", tmp_path / "out"), "Read-only file system", "cannot be written to")
 
 

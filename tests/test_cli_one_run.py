@@ -1,4 +1,4 @@
-"""`awq-hf quantize` that does it all: the order, what is refused before the work, what is left when a step fails, and recipes."""
+"""`awq-hf quantize` that does it all: the order, what is refused before the work, and what is left when a step fails."""
 
 from __future__ import annotations
 
@@ -57,19 +57,6 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr("awq_hf.model_cards.make_card", make_card)
     monkeypatch.setattr("awq_hf.exporters.hub.find_repository", find_repository)
     return calls
-
-
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: Any, **_options: Any) -> Any:
-        raise AssertionError("the work was begun")
-
-    monkeypatch.setattr(awq_hf, "quantize", fail)
-
-
-def refused(result: Any, *parts: str) -> bool:
-    squeezed = "".join(result.err.split())
-    return (result.status, result.out) == (1, "") and all("".join(part.split()) in squeezed for part in ("error: ", *parts))
 
 
 def test_all_in_one_run(
@@ -156,7 +143,7 @@ def test_refused_before_the_work(
 ) -> None:
     if "--calibration" not in options:  # which quantize() itself looks at, before it loads a weight
         monkeypatch.setattr(awq_hf, "quantize", None)
-    assert refused(run("quantize", model, tmp_path / "out", *PLAIN, *options), *parts)
+    assert run("quantize", model, tmp_path / "out", *PLAIN, *options).refused(*parts)
     assert not (tmp_path / "out").exists()
 
 
@@ -170,9 +157,9 @@ def test_architectures_that_a_target_does_not_know(run: Run, no_work: None, rand
     random_model(opt).save_pretrained(tmp_path / "opt")
     random_model(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96)).save_pretrained(tmp_path / "gpt2")
     small = ["--group-size", "32"]
-    assert refused(run("quantize", tmp_path / "opt", tmp_path / "out", *small, "--export", "gguf"), "opt")
-    assert refused(run("quantize", tmp_path / "gpt2", tmp_path / "out", *small, "--export", "gptq"), "is a Conv1D")
-    assert refused(run("quantize", llama_dir, tmp_path / "out", *small, "--measure"), "has no tokenizer")
+    assert run("quantize", tmp_path / "opt", tmp_path / "out", *small, "--export", "gguf").refused("opt")
+    assert run("quantize", tmp_path / "gpt2", tmp_path / "out", *small, "--export", "gptq").refused("is a Conv1D")
+    assert run("quantize", llama_dir, tmp_path / "out", *small, "--measure").refused("has no tokenizer")
 
 
 def test_models_that_write_no_text_are_not_measured(run: Run, pushes: list[Any], random_model: Any, demo_dir: Path, tmp_path: Path) -> None:
@@ -184,17 +171,17 @@ def test_models_that_write_no_text_are_not_measured(run: Run, pushes: list[Any],
         shutil.copyfile(demo_dir / "model" / file, tmp_path / "bert" / file)
     options = [*PLAIN, "--group-size", "32"]
     refusal = "a BertForMaskedLM, which does not predict the next token"
-    assert refused(run("quantize", tmp_path / "bert", tmp_path / "out", *options, "--measure"), refusal)
+    assert run("quantize", tmp_path / "bert", tmp_path / "out", *options, "--measure").refused(refusal)
     pushed = run("quantize", tmp_path / "bert", tmp_path / "out", *options, "--push", "me/bert")
     assert pushed.status == 0 and "Nothing is measured: a BertForMaskedLM" in pushed.out, pushed.err
     assert not (tmp_path / "out" / "evaluation.json").exists()
-    assert refused(run("eval", tmp_path / "out", "--reference", tmp_path / "bert", "--save"), refusal)
+    assert run("eval", tmp_path / "out", "--reference", tmp_path / "bert", "--save").refused(refusal)
 
 
 def test_the_original_is_not_replaced(run: Run, no_work: None, pushes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("awq_hf.api.check_model", lambda *_: AutoModelForCausalLM)
     result = run("quantize", "me/model", tmp_path / "out", "--push", "Me/model")
-    assert refused(result, "Me/model is the original model, whose weights would be replaced")
+    assert result.refused("Me/model is the original model, whose weights would be replaced")
 
 
 def test_a_repository_that_cannot_be_pushed_to(
@@ -204,7 +191,7 @@ def test_a_repository_that_cannot_be_pushed_to(
         raise PermissionError("the token only reads; make one that writes")
 
     monkeypatch.setattr("awq_hf.exporters.hub.find_repository", find_repository)
-    assert refused(run("quantize", model, tmp_path / "out", *PLAIN, "--push", "me/model"), "the token only reads")
+    assert run("quantize", model, tmp_path / "out", *PLAIN, "--push", "me/model").refused("the token only reads")
 
 
 # A step that fails
@@ -261,71 +248,6 @@ def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "out.progress").exists() and "resume" not in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
-# Recipes
-
-
-def test_a_recipe_repeats_the_run(run: Run, model: Path, demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    options = [
-        "--bits",
-        3,
-        "--group-size",
-        64,
-        "--symmetric",
-        "--skip",
-        "o_proj",
-        "--override",
-        "down_proj=8",
-        "--override",
-        "layers.0=float",
-    ]
-    calibration = ["--calibration", demo_dir / "calibration.txt", "--seed", 5, "--samples", 4, "--seq-len", 32]
-    assert run("quantize", model, first, *options, *calibration, "--dtype", "float32", "--export", "gptq").status == 0
-    recipe = yaml.safe_load((first / "recipe.yaml").read_text())
-    expected = {"model": "model", "dtype": "float32", "export": ["gptq"], "bits": 3, "group_size": 64, "zero_point": False}
-    overrides = {"down_proj": {"bits": 8}, "layers.0": None}
-    expected |= {"modules_to_not_convert": ["o_proj"], "overrides": overrides, "calibration": "calibration.txt"}
-    assert recipe == {**expected, "samples": 4, "seq_len": 32, "seed": 5}
-    monkeypatch.chdir(demo_dir)  # where both the model and the text are
-    assert run("quantize", "--recipe", first / "recipe.yaml", second).status == 0
-    for file in ("model.safetensors", "config.json", "recipe.yaml", "gptq/model.safetensors"):
-        assert (first / file).read_bytes() == (second / file).read_bytes(), file
-    changed = run("quantize", "--recipe", first / "recipe.yaml", model, third, "--bits", 4, "--seed", 0)
-    assert changed.status == 0, changed.err
-    kept = {key: value for key, value in recipe.items() if key not in ("bits", "seed")}
-    assert yaml.safe_load((third / "recipe.yaml").read_text()) == kept
-    report = json.loads((third / "report.json").read_text())["recipe"]
-    assert (report["spec"]["bits"], report["spec"]["group_size"], report["seed"]) == (4, 64, 0)
-
-
-def test_a_recipe_of_one_model_for_another(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its revision and base model are the first one's."""
-    asked: list[dict[str, Any]] = []
-
-    def check_model(model: str, options: dict[str, Any]) -> None:
-        asked.append({"model": model, **options})
-        raise ValueError("that is enough")
-
-    monkeypatch.setattr("awq_hf.api.check_model", check_model)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: me/model\nrevision: abc\nbase_model: me/base\nshrinkage: 0\n")
-    for words in (["me/model"], [], ["me/other"], ["me/other", "--revision", "v2"]):
-        assert refused(run("quantize", "--recipe", recipe, *words[:1], tmp_path / "out", *words[1:]), "that is enough")
-    revisions = [{"revision": "abc"}, {"revision": "abc"}, {}, {"revision": "v2"}]
-    assert asked == [{"model": f"me/{name}", **where} for name, where in zip(("model", "model", "other", "other"), revisions, strict=True)]
-
-
-def test_recipes_that_lack_what_is_needed(run: Run, no_work: None, model: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text("bits = 3\n")
-    assert run("quantize", "--recipe", recipe, tmp_path / "out").status == 2
-    recipe.write_text(f'model = "{model}"\n')
-    assert run("quantize", "--recipe", recipe).status == 2
-    recipe.write_text(f'model = "{model}"\nbit = 3\n')
-    assert refused(run("quantize", "--recipe", recipe, tmp_path / "out"), "no option 'bit'; did you mean bits?")
-    assert refused(run("quantize", "--recipe", tmp_path / "none.yaml", model, tmp_path / "out"), "there is no recipe")
-
-
 # The command line itself
 
 
@@ -345,7 +267,7 @@ def test_a_revision_is_the_hub_s(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_
         raise ValueError("that is enough")
 
     monkeypatch.setattr("awq_hf.api.check_model", check_model)
-    assert refused(run("quantize", "me/model", tmp_path / "out", "--revision", "v2"), "that is enough")
+    assert run("quantize", "me/model", tmp_path / "out", "--revision", "v2").refused("that is enough")
     assert asked == [{"model": "me/model", "revision": "v2"}]
     assert common.located("me/model@v2") == ("me/model", {"revision": "v2"})
     (tmp_path / "a@b").mkdir()

@@ -179,6 +179,30 @@ def test_dequantized_models_can_be_trained_and_quantized_again(
     assert torch.isfinite(awq_hf.quantize(plain, small_config(samples=2))(prompt).logits).all()
 
 
+def from_gguf(demo_dir: Path, tmp_path: Path) -> Any:
+    """The demonstration model as transformers reads it from a file: in float, and still called quantized."""
+    awq_hf.export(demo_dir / "model", "gguf", tmp_path / "m.gguf", type="Q8_0", search=False, progress=False)
+    return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+
+
+def test_what_came_out_of_a_gguf_file_can_be_quantized(demo_dir: Path, prompt: Tensor, tmp_path: Path, caplog: Any) -> None:
+    model = from_gguf(demo_dir, tmp_path)
+    config = awq_hf.AwqConfig.plain_rounding(samples=2, seq_len=16, tokenizer=demo_dir / "model")
+    quantized: Any = awq_hf.quantize(model, config, output_dir=tmp_path / "awq")
+    assert any("came out of m.gguf" in note for note in quantized.awq_report.notes) and "came out of m.gguf" in caplog.text
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "awq")
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, AwqLinear)
+    assert torch.equal(loaded(prompt).logits, quantized(prompt).logits)
+    assert "m.gguf" in (tmp_path / "awq" / "report.json").read_text()
+
+
+def test_blocks_of_a_gguf_file_are_not_quantized_again(demo_dir: Path, tmp_path: Path) -> None:
+    model = from_gguf(demo_dir, tmp_path)
+    model.hf_quantizer.packed_modules = {"model.layers.0.mlp.up_proj.weight": None}  # as where there is a kernel that computes with them
+    with pytest.raises(ValueError, match=r"up_proj.weight is in memory as m.gguf holds it.*GgufConfig\(dequantize=True\)"):
+        awq_hf.quantize(model, awq_hf.AwqConfig(tokenizer=demo_dir / "model"))
+
+
 def test_a_dequantized_checkpoint_needs_no_plugin(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(quantized_dir).dequantize()
     plain.save_pretrained(tmp_path)

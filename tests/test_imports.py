@@ -25,6 +25,9 @@ ALLOWED = {
     "blocks": "experts matrices",
     "parallel": "",
     "freed": "",
+    "unfinished": "",
+    "beside": "",
+    "classes": "",
     "calibration": "spec parallel",
     "folding": "spec",
     "transforms": "spec affine parallel calibration folding",
@@ -43,36 +46,40 @@ ALLOWED = {
     "layer": "spec affine representable calibration transforms rounding recipe",
     "expert_block": "spec affine layer linear experts calibration transforms recipe report",
     "block": "spec affine parallel experts expert_block matrices layer linear blocks calibration folding transforms recipe report",
-    "pipeline": "machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report block resume",
+    "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
+    "block resume",
     "resume": "affine block calibration linear parallel report",
-    "encoding": "spec affine matrices blocks calibration exporters pipeline preflight block recipe report rounding transforms",
+    "encoding": "unfinished spec affine matrices blocks calibration exporters pipeline preflight block recipe report rounding transforms",
     "sensitivity": "calibration exporters matrices",
     "compat": "",
     "evaluate": "calibration",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
-    "hf_quantizer": "base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint preflight skip_list "
-    "serving pipeline prepare compat config",
-    "to_gguf": "blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
+    "hf_quantizer": "beside unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint "
+    "preflight skip_list serving pipeline prepare compat config",
+    "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat report",
     "output": "",
     "recipe_file": "config",
-    "api": "recipe_file config hf_quantizer compat exporters output to_gguf",
+    "api": "classes beside unfinished recipe_file config hf_quantizer compat exporters output to_gguf",
     "push": "api exporters model_cards report",
-    "exporters": "spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored skip_list config compat output",
+    "exporters": "classes beside unfinished spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored "
+    "skip_list config compat output",
     "model_cards": "headers skip_list evaluation_table exporters.table",
-    "inspection": "spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe rounding "
-    "preflight report pipeline linear config model_cards serving",
-    "targets": "base_model compat config exporters matrices preflight spec",
-    "measure": "base_model spec affine calibration linear compat evaluate machine",
+    "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
+    "rounding preflight report pipeline linear config model_cards serving",
+    "targets": "classes base_model compat config exporters matrices preflight spec",
+    "measure": "classes base_model spec affine calibration linear compat evaluate machine",
     "demo": "measure api config evaluate output report to_gguf",
-    "cli": "api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure model_cards "
-    "output preflight recipe_file rounding targets to_gguf",
+    "cli": "classes api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure "
+    "model_cards output preflight recipe_file rounding targets to_gguf",
     "__init__": "api compat config evaluate hf_quantizer linear push spec",
 }
 TRANSFORMERS = {
     "config",
     "hf_quantizer",
     "compat",
+    "beside",
+    "classes",
     "calibration",
     "exporters",
     "api",

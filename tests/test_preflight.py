@@ -145,8 +145,27 @@ def test_overrides_choose_the_spec_of_each_layer() -> None:
         "layers.1.mlp.2": QuantSpec(2, 32),
     }
     assert plan.left_in_float["layers.0.attn.q_proj"] == SKIPPED
-    with pytest.raises(ValueError, match="overrides: 'q_porj' is in no layer's name; names look like"):
+    with pytest.raises(ValueError, match="overrides: 'q_porj' is in no layer's name, and has to be a part of one; did you mean 'q_proj'"):
         make_plan(model, Recipe(spec=QuantSpec(4, 32), overrides=(("q_porj", None),)))
+
+
+@pytest.mark.parametrize(
+    "part, hint",
+    [
+        ("q_porj", "did you mean 'q_proj'?"),
+        ("layers.0.atn.q_proj", "did you mean 'layers.0.attn.q_proj'"),
+        ("vision", "names look like 'layers.0.attn.q_proj'"),
+    ],
+)
+def test_what_is_left_in_float_has_to_be_there(part: str, hint: str) -> None:
+    with pytest.raises(ValueError, match="modules_to_not_convert: '.*' is in no module's name, and has to be a part of one") as error:
+        make_plan(model_of(block(), block()), recipe(skip=("head", part)))
+    assert repr(part) in str(error.value) and hint in str(error.value)
+
+
+def test_what_would_stay_in_float_anyway_may_be_named() -> None:
+    for part in ("head", "norm", "layers.0.norm", "attn.special"):
+        assert make_plan(model_of(block(), block()), recipe(skip=(part,))).specs
 
 
 def test_blocks_have_to_be_called_first_to_last_and_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from awq_hf import AwqConfig, expert_block
 from awq_hf.calibration.stats import Moments
 from awq_hf.expert_block import Tokens, _Statistics
 from awq_hf.experts import AwqExperts, gate_is_linear_in_up
+from awq_hf.inspection import Forecast, inspect
 
 SIZES = dict(
     vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -169,7 +171,17 @@ def test_names_of_the_files_are_understood_and_written(random_model: Callable[..
     assert not any(isinstance(module, AwqExperts) for module in skipped.modules())
     written = json.loads((tmp_path / "skipped" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
     assert any(entry in "model.layers.0.block_sparse_moe.experts.0.w1" for entry in written)
+    renamed = Path(shutil.copytree(tmp_path / "fused", tmp_path / "renamed"))  # transformers reads and saves this one too
+    tensors = {name.replace(".mlp.", ".block_sparse_moe."): t for name, t in load_file(renamed / "model.safetensors").items()}
+    save_file(tensors, renamed / "model.safetensors", metadata={"format": "pt"})
+    awq_hf.quantize(renamed, config_for(enough, **PLAIN), output_dir=tmp_path / "from renamed")
     quantized = awq_hf.quantize(tmp_path / "fused", config_for(enough, **PLAIN), output_dir=tmp_path / "awq")
+    assert (tmp_path / "from renamed" / "model.safetensors").read_bytes() == (tmp_path / "awq" / "model.safetensors").read_bytes()
+    awq_hf.export(renamed, "dense", tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert dense.keys() == tensors.keys() and all(torch.equal(dense[name], tensors[name]) for name in tensors)
+    said = inspect(str(renamed), config_for(enough))
+    assert isinstance(said, Forecast) and said.refusal is None and said.not_probed == {}
     names = load_file(tmp_path / "awq" / "model.safetensors").keys()
     assert "model.layers.0.block_sparse_moe.experts.0.w1.qweight" in names and not any(".mlp." in name for name in names)
     with pytest.raises(ValueError, match="leave out save_original_format=False"):

@@ -27,6 +27,7 @@ from awq_hf.cli.common import (
     SeqLen,
     Skip,
     Symmetric,
+    TrustRemoteCode,
     check_device,
     check_dtype,
     command,
@@ -80,6 +81,7 @@ def inspect(
     override: Override = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what quantizing a model would do, and take; or what an AWQ checkpoint holds. Reads one block of each kind at most."""
@@ -90,7 +92,7 @@ def inspect(
 
     what = stored_as(bits, group_size, symmetric, skip, override)
     config = awq_hf.AwqConfig(**what, samples=samples, seq_len=seq_len, rounding=rounding)
-    found = inspect(model, config, check_dtype(dtype), check_device(device), progress_bar, revision)
+    found = inspect(model, config, check_dtype(dtype), check_device(device), progress_bar, revision, trust_remote_code)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

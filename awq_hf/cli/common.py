@@ -61,6 +61,7 @@ Dtype = Annotated[str, typer.Option(help=DTYPES_HELP, autocompletion=one_of(DTYP
 Device = Annotated[
     str | None, typer.Option(help='"cpu", "cuda", "cuda:1"; default: cuda if there is one.', autocompletion=one_of(("cpu", "cuda")))
 ]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; read it first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -137,18 +138,22 @@ def located(name: str) -> tuple[str, dict[str, Any]]:
     return name, {"revision": revision}
 
 
-def shared_tokenizer(models: list[str], text: Path | None) -> Any:
-    """The tokenizer that the models share. Raises ValueError where one has none, or they split the text differently; reads no weights."""
-    from transformers import AutoConfig, AutoTokenizer
+def shared_tokenizer(models: list[str], text: Path | None, trusted: bool) -> Any:
+    """The tokenizer that the models share. Raises ValueError where one has none, or they split the text differently; reads no weights.
 
+    trusted: whether code that comes with them may run.
+    """
+    from transformers import AutoTokenizer
+
+    from awq_hf.classes import read_config
     from awq_hf.evaluate import check_same_tokens
 
     tokenizers = {}
     for given in dict.fromkeys(models):
         name, location = located(given)
-        AutoConfig.from_pretrained(name, **location)  # says best what is not a model
+        read_config(name, trusted, **location)  # says best what is not a model
         try:
-            tokenizers[given] = AutoTokenizer.from_pretrained(name, **location)
+            tokenizers[given] = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted, **location)
         except (OSError, ValueError) as error:
             raise ValueError(f"{given} has no tokenizer ({str(error).splitlines()[0]}); copy the original model's there") from error
     check_same_tokens(tokenizers, text)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from awq_hf.cli.common import AsJson, Device, Dtype, check_device, check_dtype, console, located, shared_tokenizer
+from awq_hf.cli.common import AsJson, Device, Dtype, TrustRemoteCode, check_device, check_dtype, console, located, shared_tokenizer
 
 EXAMPLES = (
     "Examples:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B`\n\n"
@@ -36,6 +36,7 @@ def evaluate(
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure models on a text: perplexity, and with --reference how far they are from the original."""
@@ -43,7 +44,7 @@ def evaluate(
     from awq_hf.evaluation_table import rows_of, tables
     from awq_hf.measure import MAX_TOKENS, SEQ_LEN
 
-    options: dict[str, Any] = dict(dtype=check_dtype(dtype), device_map=check_device(device))
+    options: dict[str, Any] = dict(dtype=check_dtype(dtype), device_map=check_device(device), trust_remote_code=trust_remote_code)
     common: dict[str, Any] = dict(batch_size=batch_size, progress=progress_bar)
     if save:
         if len(models) != 1 or reference is None or not Path(models[0]).is_dir():
@@ -67,22 +68,21 @@ def evaluate(
 
 def _compared(models: list[str], reference: str | None, text: Path | None, options: dict[str, Any], how: dict[str, Any]) -> Any:
     """A row for each model."""
-    from transformers import AutoConfig
-
     import awq_hf
-    from awq_hf.compat import class_of
+    from awq_hf.classes import class_for, read_config
     from awq_hf.measure import weights_bytes
 
     def load(given: str) -> Any:
         name, location = located(given)
-        kind = class_of(AutoConfig.from_pretrained(name, **location).architectures)
+        trusted = options["trust_remote_code"]
+        kind = class_for(read_config(name, trusted, **location), trusted)
         return kind.from_pretrained(name, **location, **options)
 
     results = awq_hf.evaluate_many(
         {name: functools.partial(load, name) for name in models},
         None if reference is None else functools.partial(load, reference),
         text,
-        shared_tokenizer([*models, *([reference] if reference else [])], text),
+        shared_tokenizer([*models, *([reference] if reference else [])], text, options["trust_remote_code"]),
         **how,
     )
     size = lambda name: weights_bytes(*located(name))  # noqa: E731

@@ -24,6 +24,7 @@ from awq_hf.cli.common import (
     SeqLen,
     Skip,
     Symmetric,
+    TrustRemoteCode,
     check_device,
     check_dtype,
     console,
@@ -112,6 +113,7 @@ def quantize(
         Of("--resume", help="Keep finished blocks in OUT.progress until OUT is written, and go on from those of a run that broke off."),
     ] = False,
     base_model: Annotated[str | None, Of(metavar="ID", help="Hub id of the original, for the card; where MODEL is a directory.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model and write a checkpoint that vLLM, SGLang, transformers and MLX read (4 bits).
@@ -136,8 +138,10 @@ class _OneRun:
         if "out" not in given and "model" in read and "model" in given:  # awq-hf quantize --recipe FILE OUT
             given["out"] = given.pop("model")
         if given.get("model", read.get("model")) != read.get("model") and Path(str(given.get("model"))).name != read.get("model"):
-            for about_it in ("revision", "base_model"):  # are of the recipe's model, not of another
+            for about_it in ("revision", "base_model", "trust_remote_code"):  # are of the recipe's model, not of another
                 read.pop(about_it, None)
+        if read.get("trust_remote_code") and not given.get("trust_remote_code"):
+            raise ValueError(f"{file} ran code that comes with {read.get('model')}; read it, and if you trust it, say --trust-remote-code")
         options = {**read, **{name: value for name, value in given.items() if name in OPTIONS}}
         if "out" not in given or options.get("model") is None:
             raise typer.BadParameter(
@@ -149,6 +153,7 @@ class _OneRun:
         self.config = AwqConfig(**{name: value for name, value in options.items() if name not in OF_RUN})
         self.dtype, self.device = check_dtype(self.run.dtype), check_device(self.run.device)
         self.model, self.location = str(self.run.model), {} if self.run.revision is None else {"revision": self.run.revision}
+        self.trust: dict[str, Any] = {"trust_remote_code": True} if self.run.trust_remote_code else {}
         self.measured = self.run.measure if self.run.measure is not None else bool(self.run.text or self.run.push)
 
     def go(self) -> None:
@@ -156,7 +161,7 @@ class _OneRun:
         from awq_hf.recipe_file import write_recipe
 
         self.check()
-        options: dict[str, Any] = dict(resume=self.resume, dtype=self.dtype, device_map=self.device, **self.location)
+        options: dict[str, Any] = dict(resume=self.resume, dtype=self.dtype, device_map=self.device, **self.location, **self.trust)
         try:
             model: Any = awq_hf.quantize(self.model, self.config, output_dir=self.out, **options)
         except (Exception, KeyboardInterrupt):
@@ -196,15 +201,15 @@ class _OneRun:
             found = find_repository(self.run.push, private=self.run.private or None)
             check_not_original(found.repo_id, self.model)
             self.run = replace(self.run, push=found.repo_id)  # with its owner
-        kind = check_model(self.model, self.location)
+        kind = check_model(self.model, {**self.location, **self.trust})
         if self.measured and not getattr(kind, "can_generate", lambda: True)():  # an automatic class is for models that write text
             if self.run.text is not None or self.run.measure:
                 raise ValueError(f"{self.model} is a {kind.__name__}, which does not predict the next token: it cannot be measured so")
             self.measured = False
             self.say(f"Nothing is measured: a {kind.__name__} does not predict the next token.")
-        self.places = places(self.targets, self.model, self.location, self.config, self.out)
+        self.places = places(self.targets, self.model, self.location, self.config, self.out, bool(self.trust))
         if self.measured:
-            shared_tokenizer([self.original()], None if self.run.text is None else Path(self.run.text))
+            shared_tokenizer([self.original()], None if self.run.text is None else Path(self.run.text), bool(self.trust))
 
     def original(self) -> str:
         """The model as `awq-hf eval` takes it."""
@@ -222,8 +227,9 @@ class _OneRun:
         if self.measured:
             dtype = None if self.dtype == "auto" else self.dtype
             again = command_line(
-                "eval", self.out, reference=self.original(), text=self.run.text, save=True, dtype=dtype, device=self.run.device
-            )
+                "eval", self.out, reference=self.original(), text=self.run.text, save=True, dtype=dtype, device=self.run.device,
+                **self.trust,
+            )  # fmt: skip
             found["measure"] = Step("Measuring", self._measure, again)
         again = command_line("card", self.out, repo_id=self.run.push, base_model=self.run.base_model)
         found["card"] = Step("Writing the card", self._card, again)
@@ -256,7 +262,7 @@ class _OneRun:
         from awq_hf.measure import measure
 
         options: dict[str, Any] = dict(location=self.location, dtype=self.dtype, device_map=self.device, progress=progress_bar)
-        return measure(self.out, self.model, self.run.text, **options)
+        return measure(self.out, self.model, self.run.text, **options, **self.trust)
 
     def _card(self) -> None:
         from awq_hf.model_cards import make_card

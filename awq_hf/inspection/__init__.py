@@ -18,14 +18,15 @@ def inspect(
     device: str = "cpu",
     progress: Progress | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Forecast | Contents:
     """Look at a directory or Hub id, whose weights are not read but for one decoder block of each shape.
 
     config: as for quantizing an ordinary checkpoint; of no use with an AWQ one. dtype, device: to quantize it with, or to run it with.
-    revision: branch, tag or commit, for a Hub id.
+    revision: branch, tag or commit, for a Hub id. trust_remote_code: run code that comes with the model.
     Raises ValueError or FileNotFoundError for what is neither.
     """
-    source = open_source(model, revision)
+    source = open_source(model, revision, trust_remote_code)
     if source.quantization is None:
         if any(name.endswith(".qweight") for name in source.headers):
             raise ValueError(f"{model} holds *.qweight, so it is quantized already, but its config.json has no quantization_config")

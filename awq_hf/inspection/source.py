@@ -13,9 +13,8 @@ import torch
 from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig
 
-from awq_hf import compat
+from awq_hf import classes
 from awq_hf.headers import Headers, TensorInfo, read_headers, weight_files
 from awq_hf.report import REPORT_NAME
 
@@ -35,6 +34,7 @@ class Source:
     headers: Headers
     directory: Path | None
     report: dict[str, Any] | None
+    trusted: bool = False  # whether code that comes with it may run
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -56,12 +56,12 @@ class Source:
     def empty_model(self, dtype: torch.dtype) -> Any:
         """The model on the meta device: names, shapes and ties, no memory. Raises ValueError when transformers cannot build it."""
         try:
-            return compat.empty_model(self.config, dtype)
+            return classes.empty_model(self.config, dtype, self.trusted)
         except ValueError as error:
             raise ValueError(f"{self.name}: transformers cannot build a model from its config: {_first_line(error)}") from error
 
 
-def open_source(name: str, revision: str | None = None) -> Source:
+def open_source(name: str, revision: str | None = None, trusted: bool = False) -> Source:
     """Find a model by its directory or Hub id. Raises ValueError or FileNotFoundError when it cannot be inspected."""
     path = Path(name).expanduser()
     if path.is_file():
@@ -72,16 +72,18 @@ def open_source(name: str, revision: str | None = None) -> Source:
             validate_repo_id(name)
         except HFValidationError:
             raise FileNotFoundError(f"there is no directory {name}, and it cannot be a Hub id (owner/name) either") from None
-        return _from_hub(name, revision)
+        return _from_hub(name, revision, trusted)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json; give the directory of a transformers model, or a Hub id")
     headers = read_headers(weight_files(directory, name), str(directory))
     report = directory / REPORT_NAME
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = classes.read_config(directory, trusted)
+    except classes.UntrustedCode:
+        raise
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: transformers cannot read its config.json: {_first_line(error)}") from error
-    return Source(name, config, headers, directory, _read_report(report) if report.is_file() else None)
+    return Source(name, config, headers, directory, _read_report(report) if report.is_file() else None, trusted)
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:
@@ -103,19 +105,21 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     return directory if complete and (directory / "config.json").is_file() else None
 
 
-def _from_hub(repo: str, revision: str | None) -> Source:
+def _from_hub(repo: str, revision: str | None, trusted: bool) -> Source:
     """Config and headers over the network: some hundred kilobytes."""
     try:
-        config = AutoConfig.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        config = classes.read_config(repo, trusted, revision=revision)
         files = get_safetensors_metadata(repo, revision=revision).files_metadata
         try:
             report = _read_report(Path(hf_hub_download(repo, REPORT_NAME, revision=revision)))
         except EntryNotFoundError:
             report = None
+    except classes.UntrustedCode:
+        raise
     except Exception as error:  # of the network, the Hub and transformers: many classes, all of them the same to a user
         raise ValueError(f"{repo} is no directory here, and the Hub does not give such a model: {_first_line(error)}") from error
     headers = {n: TensorInfo(tuple(info.shape), info.dtype, file) for file, data in files.items() for n, info in data.tensors.items()}
-    return Source(repo, config, headers, None, report)
+    return Source(repo, config, headers, None, report, trusted)
 
 
 def _first_line(error: BaseException) -> str:

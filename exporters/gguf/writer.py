@@ -58,13 +58,13 @@ def export(
             for name, tensor in file.extra.items():
                 layout.write(name, 0, encode(tensor, Type.F32), advance)
             for name, value in checkpoint.items():
-                if (place := file.plan.places.get(name)) is None:
-                    continue
-                rows, columns = (encoded or {}).get(name, value), (importance or {}).get(place.target)
-                try:
-                    _write_tensor(layout, place, rows, file.plan.shapes[place.target], file.types[place.target], columns, advance)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                if (place := file.plan.places.get(name)) is not None:
+                    shape, kind, columns = file.plan.shapes[place.target], file.types[place.target], (importance or {}).get(place.target)
+                    try:
+                        _write_tensor(layout, place, (encoded or {}).get(name, value), shape, kind, columns, advance)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from error
+                del value  # before the next is loaded
     return file.names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,8 @@ def checkpoint(request: pytest.FixtureRequest, random_model: Callable[..., Any],
 
 
 def test_what_it_says_is_what_a_run_does(checkpoint: Path, small_config: Callable[..., Any], tmp_path: Path) -> None:
-    options = dict(modules_to_not_convert=["1.self_attn.o", "1.attention.dense", "1.attn.c_proj"])
+    kind = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    options = dict(modules_to_not_convert=[{"gpt_neox": "1.attention.dense", "gpt2": "1.attn.c_proj"}.get(kind, "1.self_attn.o")])
     said = forecast_of(str(checkpoint), small_config(**options))
     model = awq_hf.quantize(checkpoint, small_config(**options))
     report = model.awq_report

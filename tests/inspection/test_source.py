@@ -62,7 +62,7 @@ def test_code_beside_a_checkpoint_is_not_run(llama_dir: Path, tmp_path: Path) ->
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ValueError, match="cannot read its config.json"):
+    with pytest.raises(ValueError, match="whose code comes with it"):
         inspect(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
@@ -87,9 +87,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], Non
                 raise EntryNotFoundError(f"no {name}")
             return str(look(repo, revision, directory / name))
 
-        read = lambda repo, revision=None, **_: look(repo, revision, config)  # noqa: E731
+        read = lambda repo, _trusted, revision=None: look(repo, revision, config)  # noqa: E731
         monkeypatch.setattr(source, "get_safetensors_metadata", lambda repo, revision=None: look(repo, revision, metadata))
-        monkeypatch.setattr(source, "AutoConfig", SimpleNamespace(from_pretrained=read))
+        monkeypatch.setattr("awq_hf.inspection.source.classes.read_config", read)
         monkeypatch.setattr(source, "hf_hub_download", download)
 
     return serve

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,8 +178,8 @@ def test_a_failing_tensor_leaves_nothing_and_is_named(folder: Path, tmp_path: Pa
 
 
 def test_one_tensor_is_in_memory_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are asked for one by one, each written before the next; long ones are encoded in pieces."""
-    checkpoint, events = open_checkpoint(folder), list[Any]()
+    """Tensors are asked for one by one, each written and let go before the next; long ones are encoded in pieces."""
+    checkpoint, events, last = open_checkpoint(folder), list[Any](), list[Any]()
 
     def encoded(rows: torch.Tensor, kind: Type, importance: torch.Tensor | None = None) -> Any:
         events.append(tuple(rows.shape))
@@ -186,7 +187,10 @@ def test_one_tensor_is_in_memory_at_a_time(folder: Path, tmp_path: Path, monkeyp
 
     def loaded(name: str) -> torch.Tensor:
         events.append(name)
-        return checkpoint.load(name)
+        assert all(before() is None for before in last), f"the tensor before {name} is still there"
+        tensor = checkpoint.load(name)
+        last[:] = [weakref.ref(tensor)]
+        return tensor
 
     monkeypatch.setattr(writer, "encode", encoded)
     monkeypatch.setattr(writer, "_CHUNK", 64 * 100)
