@@ -17,7 +17,6 @@ import torch
 from . import jit, kernel_layout
 from .problem import Problem
 
-
 MAX_TOKENS = 1 << 21  # a launch has 65,535 tiles of tokens at most (CUDA C programming guide, grid's y), the larger of 64 tokens
 
 

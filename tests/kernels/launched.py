@@ -224,11 +224,14 @@ def test_a_token_that_starts_in_the_middle_of_a_word_is_copied(machine: Machine,
 
 
 @pytest.mark.parametrize("tokens", [(0,), (2, 0)])
-def test_no_tokens_launch_nothing(tokens: tuple[int, ...], launches: list[Launch]) -> None:
+def test_no_tokens(tokens: tuple[int, ...], launches: list[Launch]) -> None:
     weight = weight_of(72, 160, 5, 4)
     y = dispatch.linear(on_gpu(*tokens, 160, dtype=torch.float16), weight, None, 72, 5, 4, "triton")
     dx = dispatch.input_grad(on_gpu(*tokens, 72, dtype=torch.float16), weight, 160, 5, 4, "triton")
     assert (y.shape, dx.shape, launches) == ((*tokens, 72), (*tokens, 160), [])
+    offsets, stacked = on_gpu(4, dtype=torch.int32), weight_of(72, 160, 5, 4, 3)
+    y = dispatch.experts_linear(on_gpu(0, 160, dtype=torch.float16), offsets, stacked, None, 72, 5, 4, "triton")
+    check(launches, ["experts_kernel"], y, [])  # which finds no token to do
 
 
 @pytest.mark.parametrize("m", [1, 8, 600])
