@@ -214,7 +214,9 @@ def halves(words: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack((words, words >> 16), -1).to(torch.int16).view(dtype).double()
 
 
-@pytest.mark.parametrize("sm, dtype, bits", [(80, torch.bfloat16, 4), (90, torch.float16, 4), (90, torch.float16, 8), (100, torch.bfloat16, 4)])
+@pytest.mark.parametrize(
+    "sm, dtype, bits", [(80, torch.bfloat16, 4), (90, torch.float16, 4), (90, torch.float16, 8), (100, torch.bfloat16, 4)]
+)
 def test_the_assembly_subtracts_all_codes_and_zero_points(sm: int, dtype: torch.dtype, bits: int) -> None:
     """fma.rn of two halves is b * factor + c in each, rounded once (PTX ISA, half precision instructions); float64 holds it exactly."""
     code = compile_gemm(sm, dtype, 128, tuning.gemm_config(8), bits=bits, split=True)

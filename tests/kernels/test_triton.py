@@ -23,7 +23,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file, interpret", [("interpreted.py", "1"), ("compiled.py", "0"), ("launched.py", "0")])
+@pytest.mark.parametrize("file, interpret", [("numerics.py", "1"), ("compiled.py", "0"), ("launched.py", "0")])
 def test_kernels(file: str, interpret: str, tmp_path: Path) -> None:
     pytest_options = ("-q", "-x", "--noconftest", "-p", "no:cacheprovider")
     run = python("-m", "pytest", *pytest_options, str(HERE / file), TRITON_INTERPRET=interpret, TRITON_CACHE_DIR=str(tmp_path))
