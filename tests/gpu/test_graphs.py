@@ -107,9 +107,10 @@ def test_a_compiled_linear_has_a_gradient() -> None:
     torch._dynamo.reset()
     module = linear(weight(264, 640), torch.float16)
     x, dy = noise(8, 640, dtype=torch.float16), noise(8, 264, dtype=torch.float16, seed=1)
-    gradients = []
+    gradients: list[Tensor] = []
     for call in (module, torch.compile(module, fullgraph=True)):
         leaf = x.clone().requires_grad_()
         call(leaf).backward(dy)
+        assert leaf.grad is not None
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
