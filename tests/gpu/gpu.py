@@ -53,7 +53,8 @@ def noise(*shape: int, dtype: torch.dtype, seed: int = 0, device: torch.device =
 
 def error(found: Tensor, expected: Tensor) -> float:
     """Root mean square, relative."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

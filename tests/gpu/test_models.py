@@ -68,8 +68,9 @@ def test_saved_and_loaded(model: Any, prompt: Tensor, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path, dtype=model.dtype), prompt), found)
     on_cpu = load(tmp_path, dtype=torch.float32, device_map="cpu")
     assert error(found.cpu(), logits(on_cpu, prompt)) < 0.05
-    moved = on_cpu.to(model.dtype).to(DEVICE)
-    assert torch.equal(logits(moved, prompt), found) and all(module.layout == "triton" for module in packed(moved))
+    moved = load(tmp_path, dtype=model.dtype, device_map="cpu").to(DEVICE)
+    assert torch.equal(logits(moved, prompt), found)
+    assert all(module.layout == "triton" for some in (moved, on_cpu.to(model.dtype).to(DEVICE)) for module in packed(some))
 
 
 def test_dequantized(original: Path, small_config: Callable[..., Any], prompt: Tensor) -> None:
