@@ -71,7 +71,7 @@ def dequantize(words: Tensor, scales: Tensor, zeros: Tensor, out: Tensor, bits: 
     """
     n, columns = out.shape
     launch(
-        *(dequantize_kernel, (-(-n // ROWS), -(-columns // BLOCK))),
+        dequantize_kernel[(-(-n // ROWS), -(-columns // BLOCK))],
         *(words, scales, zeros, out, n, columns, words.shape[1], scales.shape[1], start // BLOCK),
         **constants(bits, kernel_group(words, scales, bits)),
         **OPTIONS,

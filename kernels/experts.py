@@ -92,7 +92,7 @@ def experts_linear(
     config = config or tuning.gemm_config(-(-m // experts))
     y = x.new_empty(m, n)
     launch(
-        *(experts_kernel, (-(-n // config.bn), m // config.bm + experts)),
+        experts_kernel[(-(-n // config.bn), m // config.bm + experts)],
         *(x, offsets, words, scales, zeros, bias if bias is not None else y, y),
         *(experts, n, k, row_words, scales.shape[2], gemm.magic(bits, x.dtype)),
         **constants(experts, bits, kernel_group(words, scales, bits), bias is not None, x.dtype, config),

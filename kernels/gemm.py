@@ -180,7 +180,7 @@ def gemm(
     out = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     fused_bias = bias if splits == 1 else None
     launch(
-        *(gemm_kernel, (-(-n // config.bn), -(-m // config.bm), splits)),
+        gemm_kernel[(-(-n // config.bn), -(-m // config.bm), splits)],
         *(x, words, scales, zeros, fused_bias if fused_bias is not None else y, out),
         *(m, n, k, row_words, scales.shape[1], -(-(row_words // UNIT_WORDS) // splits), magic(bits, x.dtype)),
         **constants(bits, kernel_group(words, scales, bits), fused_bias is not None, x.dtype, config),

@@ -105,7 +105,7 @@ def gemv(
         x = x.clone()
     y = x.new_empty(1, n)
     launch(
-        *(gemv_kernel, (-(-n // config.rows),)),
+        gemv_kernel[(-(-n // config.rows),)],
         *(x, words, scales, zeros, bias if bias is not None else y, y, n, k, words.shape[1], scales.shape[1], MAGIC),
         **constants(bits, kernel_group(words, scales, bits), bias is not None, config),
         **config.options(),

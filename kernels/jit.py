@@ -30,10 +30,10 @@ def jit(*, varying: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any
     return lambda function: _Missing() if triton is None else triton.jit(function, do_not_specialize=varying)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **constants: Any) -> None:
-    """kernel[grid](...) on the GPU that holds the first argument: Triton takes the current one, which need not be that."""
+def launch(kernel: Callable[..., Any], /, *arguments: Any, **constants: Any) -> None:
+    """kernel, which has its grid, on the GPU that holds the first argument: Triton takes the current one, which need not be that."""
     with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **constants)
+        kernel(*arguments, **constants)
 
 
 def operand_dtype(dtype: torch.dtype) -> str:

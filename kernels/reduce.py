@@ -28,7 +28,7 @@ def reduce(workspace: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """Fills y [m, n] from workspace, float32 [splits, m, n], and bias, [n] or None. Returns y."""
     size, n = y.numel(), y.shape[1]
     launch(
-        *(reduce_kernel, (-(-size // SIZE),)),
+        reduce_kernel[(-(-size // SIZE),)],
         *(workspace, bias if bias is not None else y, y, size, n, workspace.shape[0]),
         **{"HAS_BIAS": bias is not None, "SIZE": SIZE, **OPTIONS},
     )
