@@ -38,6 +38,7 @@ class PackedModule(nn.Module):
     qzeros: nn.Parameter
     scales: nn.Parameter
     bias: Any  # a Parameter or None
+    _prepared_for: torch.dtype | None = None  # activations, since `prepare` was called
 
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class PackedModule(nn.Module):
 
     def caution(self) -> str | None:
         """What a user has to know of the results of the layout that was chosen, or None."""
-        return LAYOUTS[self.layout].caution(self.problem(1, self._prepared_for))
+        return LAYOUTS[self.layout].caution(self.problem(1, self._prepared_for or torch.float32))
 
     def _bring_into(self, wanted: Layout) -> None:
         if wanted.name != self.layout:
@@ -98,10 +99,9 @@ class PackedModule(nn.Module):
     @contextmanager
     def _canonical(self) -> Iterator[None]:
         """The canonical layout for a while, then the one that suits the device on which the weight is by then."""
-        prepared = self.layout != CANONICAL.name
         self._bring_into(CANONICAL)
         yield
-        if prepared:
+        if self._prepared_for is not None:
             self.prepare(self._prepared_for)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
@@ -111,6 +111,8 @@ class PackedModule(nn.Module):
             super()._apply(fn, recurse)
             if self.scales.dtype != before.dtype:
                 self.scales = nn.Parameter(before.to(self.scales.device), requires_grad=False)
+            if self._prepared_for is not None:  # a cast is one of the activations as well
+                self._prepared_for = fn(before.new_empty(0, dtype=self._prepared_for)).dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -28,7 +28,15 @@ def linear(x: Tensor, rows: Rows, n: int, bias: Tensor | None) -> Tensor:
 
 
 def by_expert(x: Tensor, offsets: Tensor, n: int, multiply: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """multiply(tokens of expert e, e) -> [.., n], for x [tokens, in] sorted by expert: those of e are offsets[e] to offsets[e + 1]."""
+    """multiply(tokens of expert e, e) -> [.., n], for x [tokens, in] sorted by expert: those of e are offsets[e] to offsets[e + 1].
+
+    The host reads offsets. Raises RuntimeError where a CUDA graph is captured, which cannot hold that.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "experts are multiplied one by one here, which a CUDA graph cannot hold: the Triton kernels take them together, in float16 or "
+            "bfloat16 and 4 or 8 bits (awq-hf inspect shows the reason against them), and gradients have no such kernel"
+        )
     y = x.new_empty(x.shape[0], n)
     for e, (start, stop) in enumerate(pairwise(offsets.tolist())):
         if start < stop:

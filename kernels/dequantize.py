@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .jit import jit, tl
+from .jit import jit, launch, tl
 from .kernel_layout import BLOCK, kernel_group
 from .problem import Problem
 
@@ -70,7 +70,8 @@ def dequantize(words: Tensor, scales: Tensor, zeros: Tensor, out: Tensor, bits: 
     words, scales, zeros: as in `KernelWeight`. Values are exact in float32 and rounded once.
     """
     n, columns = out.shape
-    dequantize_kernel[(-(-n // ROWS), -(-columns // BLOCK))](
+    launch(
+        dequantize_kernel[(-(-n // ROWS), -(-columns // BLOCK))],
         *(words, scales, zeros, out, n, columns, words.shape[1], scales.shape[1], start // BLOCK),
         **constants(bits, kernel_group(words, scales, bits)),
         **OPTIONS,

@@ -221,7 +221,9 @@ def linear(x: Tensor, weight: Parts, bias: Tensor | None, out_features: int, gro
     """y = x W^T + b. x: [..., in]; weight: the parts of `layout`; bias: [out] or None. Returns [..., out] in x's dtype."""
     stored, flat = LAYOUTS[layout], x.reshape(-1, x.shape[-1])
     problem = Problem(flat.shape[0], out_features, flat.shape[1], groups, x.dtype, x.device.type, bits)
-    kernel = choose(problem, stored, os.environ.get(VARIABLE, "")) if problem.m else None
+    if not problem.m:
+        return x.new_empty(*x.shape[:-1], out_features)
+    kernel = choose(problem, stored, os.environ.get(VARIABLE, ""))
     if kernel is None:
         y = chunked.linear(flat, lambda which: stored.rows(weight, which, problem), out_features, bias)
     else:
@@ -233,7 +235,9 @@ def input_grad(dy: Tensor, weight: Parts, in_features: int, groups: int, bits: i
     """dx = dy W: the gradient of `linear` with respect to its input. dy: [..., out]. Returns [..., in] in dy's dtype."""
     stored, flat = LAYOUTS[layout], dy.reshape(-1, dy.shape[-1])
     problem = Problem(flat.shape[0], flat.shape[1], in_features, groups, dy.dtype, dy.device.type, bits)
-    if stored.input_grad is not None and problem.m and any(kernel.supports(problem) is None for kernel in stored.kernels):
+    if not problem.m:
+        return dy.new_empty(*dy.shape[:-1], in_features)
+    if stored.input_grad is not None and any(kernel.supports(problem) is None for kernel in stored.kernels):
         dx = stored.input_grad(flat, weight, problem)
     else:
         dx = chunked.input_grad(flat, lambda which: stored.rows(weight, which, problem), in_features)
@@ -249,7 +253,7 @@ def experts_linear(
     [experts, ..]; bias: [experts, out] or None. Returns [tokens, out] in x's dtype. On a GPU the host does not wait for offsets.
     """
     problem = Problem(x.shape[0], out_features, x.shape[1], groups, x.dtype, x.device.type, bits)
-    if layout == TRITON.name and x.device.type in TRITON.devices and x.shape[0] and _triton("experts").supports(problem) is None:
+    if layout == TRITON.name and x.device.type in TRITON.devices and _triton("experts").supports(problem) is None:
         return _triton("experts").experts_linear(x.contiguous(), offsets, *weight, bias, bits)
 
     def multiply(some: Tensor, e: int) -> Tensor:

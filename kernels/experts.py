@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import gemm, tuning
 from .gemm import tile
-from .jit import jit, tl
+from .jit import jit, launch, tl
 from .kernel_layout import kernel_group
 from .problem import Problem
 from .tuning import GemmConfig
@@ -91,7 +91,8 @@ def experts_linear(
     (m, k), (experts, n, row_words) = x.shape, words.shape
     config = config or tuning.gemm_config(-(-m // experts))
     y = x.new_empty(m, n)
-    experts_kernel[(-(-n // config.bn), m // config.bm + experts)](
+    launch(
+        experts_kernel[(-(-n // config.bn), m // config.bm + experts)],
         *(x, offsets, words, scales, zeros, bias if bias is not None else y, y),
         *(experts, n, k, row_words, scales.shape[2], gemm.magic(bits, x.dtype)),
         **constants(experts, bits, kernel_group(words, scales, bits), bias is not None, x.dtype, config),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .jit import INTERPRETED, jit, operand_dtype, tl
+from .jit import INTERPRETED, jit, launch, operand_dtype, tl
 from .kernel_layout import UNIT_WORDS, kernel_group
 from .problem import Problem
 from .reduce import reduce
@@ -179,7 +179,8 @@ def gemm(
     y = x.new_empty(m, n)
     out = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     fused_bias = bias if splits == 1 else None
-    gemm_kernel[(-(-n // config.bn), -(-m // config.bm), splits)](
+    launch(
+        gemm_kernel[(-(-n // config.bn), -(-m // config.bm), splits)],
         *(x, words, scales, zeros, fused_bias if fused_bias is not None else y, out),
         *(m, n, k, row_words, scales.shape[1], -(-(row_words // UNIT_WORDS) // splits), magic(bits, x.dtype)),
         **constants(bits, kernel_group(words, scales, bits), fused_bias is not None, x.dtype, config),

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import tuning
-from .jit import jit, tl
+from .jit import jit, launch, tl
 from .kernel_layout import kernel_group
 from .problem import Problem
 from .tuning import GemvConfig
@@ -104,7 +104,8 @@ def gemv(
     if x.data_ptr() % 4:  # a view that starts in the middle of a word
         x = x.clone()
     y = x.new_empty(1, n)
-    gemv_kernel[(-(-n // config.rows),)](
+    launch(
+        gemv_kernel[(-(-n // config.rows),)],
         *(x, words, scales, zeros, bias if bias is not None else y, y, n, k, words.shape[1], scales.shape[1], MAGIC),
         **constants(bits, kernel_group(words, scales, bits), bias is not None, config),
         **config.options(),

@@ -9,7 +9,7 @@ import torch
 
 from .installed import INTERPRETED, MISSING, TRITON
 
-__all__ = ["INTERPRETED", "MISSING", "jit", "operand_dtype", "tl", "triton"]
+__all__ = ["INTERPRETED", "MISSING", "jit", "launch", "operand_dtype", "tl", "triton"]
 
 if TRITON:
     import triton
@@ -28,6 +28,12 @@ class _Missing:
 def jit(*, varying: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
     """Decorates a kernel. varying: integers that differ from call to call; no variant is compiled for those that are multiples of 16."""
     return lambda function: _Missing() if triton is None else triton.jit(function, do_not_specialize=varying)
+
+
+def launch(kernel: Callable[..., Any], /, *arguments: Any, **constants: Any) -> None:
+    """kernel, which has its grid, on the GPU that holds the first argument: Triton takes the current one, which need not be that."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel(*arguments, **constants)
 
 
 def operand_dtype(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .jit import jit, tl
+from .jit import jit, launch, tl
 
 SIZE = 512  # values of a program
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
@@ -27,7 +27,9 @@ def reduce_kernel(workspace, bias, y, size, n, splits, HAS_BIAS: tl.constexpr, S
 def reduce(workspace: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """Fills y [m, n] from workspace, float32 [splits, m, n], and bias, [n] or None. Returns y."""
     size, n = y.numel(), y.shape[1]
-    reduce_kernel[(-(-size // SIZE),)](
-        *(workspace, bias if bias is not None else y, y, size, n, workspace.shape[0]), HAS_BIAS=bias is not None, SIZE=SIZE, **OPTIONS
+    launch(
+        reduce_kernel[(-(-size // SIZE),)],
+        *(workspace, bias if bias is not None else y, y, size, n, workspace.shape[0]),
+        **{"HAS_BIAS": bias is not None, "SIZE": SIZE, **OPTIONS},
     )
     return y

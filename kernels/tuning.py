@@ -17,6 +17,8 @@ import torch
 from . import jit, kernel_layout
 from .problem import Problem
 
+MAX_TOKENS = 1 << 21  # a launch has 65,535 tiles of tokens at most (CUDA C programming guide, grid's y), the larger of 64 tokens
+
 
 def unsupported(problem: Problem) -> str | None:
     """Why no Triton kernel can do `problem`, or None."""
@@ -33,8 +35,11 @@ def unsupported(problem: Problem) -> str | None:
         return f"the kernel takes in_features in multiples of 2, not {p.k}"
     if p.n % 8:
         return f"the kernel takes out_features in multiples of 8, not {p.n}"
-    if max(p.n * p.k * p.bits // 32, p.m * p.k, p.m * p.n) >= 2**31:
+    padded = math.ceil(p.k / kernel_layout.BLOCK) * kernel_layout.BLOCK
+    if max(p.n * padded * p.bits // 32, p.m * p.k, p.m * p.n) >= 2**31:
         return f"{p.m} x {p.n} x {p.k} does not fit the kernel's 32-bit offsets: pass fewer tokens at a time"
+    if p.m > MAX_TOKENS:
+        return f"the kernel takes up to {MAX_TOKENS} tokens, not {p.m}: pass fewer at a time"
     return kernel_layout.unsupported(p.k, p.groups, p.bits)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from awq_hf import linear
 from awq_hf.affine import dequantize_weight
 from awq_hf.kernels import chunked, reference
-from awq_hf.kernels.dispatch import LAYOUTS
+from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS, Layout
+from awq_hf.kernels.problem import Problem
 from awq_hf.linear import AwqLinear
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
@@ -188,6 +189,22 @@ def test_the_state_dict_of_a_prepared_module_is_the_file(prepared: AwqLinear) ->
     state, expected = prepared.state_dict(), plain.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) and state[name].dtype == expected[name].dtype for name in expected)
+
+
+def test_a_module_is_prepared_anew_for_where_it_is_and_what_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that no kernel took before: a model that is loaded on a CPU, cast and moved to a GPU."""
+    asked: list[tuple[str, torch.dtype]] = []
+
+    def choose(problem: Problem) -> tuple[Layout, str | None]:
+        asked.append((problem.device, problem.dtype))
+        return (LAYOUTS["triton"], None) if problem.dtype == torch.float16 else (CANONICAL, "none")
+
+    monkeypatch.setattr(linear, "choose_layout", choose)
+    module = AwqLinear.from_quantized(random_weight(QuantSpec(4, 32)))
+    assert module.to(torch.float16).layout == "canonical" and asked == []  # it was not asked for
+    module.prepare(torch.float32)
+    assert [module.to("cpu").layout, module.half().layout, module.to("meta").layout] == ["canonical", "triton", "triton"]
+    assert asked == [("cpu", torch.float32), ("cpu", torch.float32), ("cpu", torch.float16), ("meta", torch.float16)]
 
 
 def test_a_state_dict_is_loaded_into_a_prepared_module(prepared: AwqLinear) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from awq_hf import AwqLinear
 
@@ -60,6 +60,19 @@ def test_a_static_cache_generates_what_a_growing_one_does(make: Callable[..., An
     assert expected.shape == (2, 24)
     static = model.generate(prompt, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(static, expected)
+
+
+def test_generate_compiles_as_one_graph(make: Callable[..., Any], prompt: Tensor) -> None:
+    """As it does by itself on a GPU with a static cache; of two lengths, of which the longer came first, one graph is made."""
+    model, config = make(), CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for new in (12, 6):
+        options = dict(max_new_tokens=new, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(prompt))
+        found = model.generate(prompt, cache_implementation="static", compile_config=config, **options)
+        assert torch.equal(found, model.generate(prompt, **options))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_cache_changes_nothing(make: Callable[..., Any], prompt: Tensor) -> None:

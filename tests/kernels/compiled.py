@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,6 +32,7 @@ class Compiled(NamedTuple):
     stack: int  # bytes; what spills
     shared: int  # bytes
     operations: list[tuple[str, str]]  # of the machine code: name and operands
+    ptx: str
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, name)) for name, _ in self.operations)
@@ -55,7 +57,7 @@ def compiled(
     binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(options))
     path = Path(triton.knobs.cache.dir) / "gate.cubin"
     usage, operations = disassemble(binary.asm["cubin"], path)
-    return Compiled(usage["REG"], usage["STACK"], binary.metadata.shared, operations)
+    return Compiled(usage["REG"], usage["STACK"], binary.metadata.shared, operations, binary.asm["ptx"])
 
 
 def compile_gemv(sm: int, dtype: torch.dtype, group: int, config: tuning.GemvConfig, bits: int = 4) -> Compiled:
@@ -196,6 +198,45 @@ def test_the_magic_numbers_are_exact(dtype: torch.dtype) -> None:
         floats = (codes * 0x10001 | gemm.magic(bits, dtype)) if carrier != torch.float32 else codes | gemm.magic(bits, dtype)
         for half in floats.view(carrier).view(2**bits, -1).T:
             assert torch.equal((half[:, None] - half[None]).to(dtype).int(), codes[:, None] - codes[None])
+
+
+# The one statement in assembly, which the interpreter cannot run: what is between the compiler's markers of it, executed here
+
+STATEMENT = re.compile(
+    r"\{ \.reg \.b32 (?P<d>\w+); mov\.b32 (?P=d), (?P<factor>0x[0-9a-f]{8}); "
+    r"fma\.rn\.(?P<type>f16x2|bf16x2) (?P=d), (?P<b>%r\d+), (?P=d), (?P<a>%r\d+); "
+    r"mov\.b32 \{(?P<low>%rs\d+), (?P<high>%rs\d+)\}, (?P=d); \}"
+)
+
+
+def halves(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """int32 [..] -> float64 [.., 2], low half first: how PTX orders them in f16x2 and when it unpacks a .b32."""
+    return torch.stack((words, words >> 16), -1).to(torch.int16).view(dtype).double()
+
+
+@pytest.mark.parametrize(
+    "sm, dtype, bits", [(80, torch.bfloat16, 4), (90, torch.float16, 4), (90, torch.float16, 8), (100, torch.bfloat16, 4)]
+)
+def test_the_assembly_subtracts_all_codes_and_zero_points(sm: int, dtype: torch.dtype, bits: int) -> None:
+    """fma.rn of two halves is b * factor + c in each, rounded once (PTX ISA, half precision instructions); float64 holds it exactly."""
+    code = compile_gemm(sm, dtype, 128, tuning.gemm_config(8), bits=bits, split=True)
+    statements = [match for text in re.findall(r"// begin inline asm\n(.*fma.*)\n\s*// end", code.ptx) if (match := STATEMENT.search(text))]
+    assert len(statements) == code.ptx.count("fma.rn." + ("bf16x2" if dtype == torch.bfloat16 else "f16x2")) == 128 // bits
+    codes = torch.arange(2**bits, dtype=torch.int32)
+    pairs = codes << 16 | codes.flip(0) | gemm.magic(bits, dtype)  # of codes: every one in either half
+    zeros = codes * 0x10001 | gemm.magic(bits, dtype)
+    for statement in statements:
+        kind = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}[statement["type"]]
+        factor = halves(torch.tensor(int(statement["factor"], 16)).to(torch.int32), kind)
+        exact = halves(zeros, kind)[None] * factor + halves(pairs, kind)[:, None]
+        found = exact.to(kind)
+        wanted = torch.stack((codes.flip(0), codes), -1)[:, None] - codes[None, :, None]
+        assert torch.equal(found.double(), exact) and torch.equal(found.int(), wanted)
+    for statement in statements:  # a tensor core has the first of two columns in the low half
+        assert re.search(rf"mov\.b32\s+%r\d+, \{{{statement['low']}, {statement['high']}\}};", code.ptx), "halves change places"
+    assert len({s["a"] for s in statements}) == len(statements) and len({s["b"] for s in statements}) <= 2, "codes are what is taken off"
+    machine = [operands for name, operands in code.operations if re.match("HFMA2", name)]
+    assert len(machine) == len(statements) and all(re.search(r", -1, -1, R\d+\s*$", operands) for operands in machine), machine
 
 
 def test_this_is_the_compiler() -> None:

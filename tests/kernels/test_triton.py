@@ -1,5 +1,5 @@
-"""The Triton kernels: numbers from the interpreter, gates on compiled code; neither needs a GPU. Whether triton interprets is settled
-when it is imported, so that each runs in a process of its own, and the rest of the suite sees neither."""
+"""The Triton kernels: numbers from the interpreter, gates on compiled code and on launches; none needs a GPU (tests/gpu does). Whether
+triton interprets is settled when it is imported, so that each runs in a process of its own, and the rest of the suite sees neither."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file, interpret", [("interpreted.py", "1"), ("compiled.py", "0")])
+@pytest.mark.parametrize("file, interpret", [("numerics.py", "1"), ("compiled.py", "0"), ("launched.py", "0")])
 def test_kernels(file: str, interpret: str, tmp_path: Path) -> None:
     pytest_options = ("-q", "-x", "--noconftest", "-p", "no:cacheprovider")
     run = python("-m", "pytest", *pytest_options, str(HERE / file), TRITON_INTERPRET=interpret, TRITON_CACHE_DIR=str(tmp_path))
@@ -59,6 +59,8 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     (dict(groups=8), "not of 48"),
     (dict(device="cpu"), "runs on a GPU, not on cpu"),
     (dict(m=1 << 20, n=1 << 12), "does not fit the kernel's 32-bit offsets"),
+    (dict(n=1 << 26, k=1000, groups=1), "does not fit the kernel's 32-bit offsets"),  # with the last block's padding
+    (dict(m=1 << 22, n=8, k=32, groups=1), "takes up to 2097152 tokens, not 4194304"),
 ]
 SUPPORTS = """
 import torch

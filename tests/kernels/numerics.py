@@ -1,4 +1,4 @@
-"""The Triton kernels' numerics in Triton's interpreter. Run by test_triton.py, in a process of its own.
+"""The Triton kernels' numerics: in Triton's interpreter, run by test_triton.py in a process of its own, and on a GPU, by tests/gpu.
 
 Everything is exact: scales are powers of two, inputs small integers, so every product and sum is a float32, and results that the
 output dtype holds come out bit for bit whatever the order of the sums.
@@ -7,6 +7,7 @@ output dtype holds come out bit for bit whatever the order of the sums.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from awq_hf.kernels import dequantize, dispatch, experts, gemm, gemv, jit, layou
 from awq_hf.kernels.kernel_layout import KernelWeight, to_kernel
 from awq_hf.kernels.problem import Problem
 
+DEVICE = "cpu" if jit.INTERPRETED else "cuda"
 DTYPES = [torch.float16, torch.bfloat16]
 BITS = [4, 8]
 # out_features, in_features, group width: whole and partial tiles and blocks
@@ -39,7 +41,7 @@ MARGIN = 1 << 16  # values
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Memory that a launcher allocates is NaN until a kernel writes it, and so is a margin after it, which no kernel may write."""
     empty, new_empty, margins = torch.empty, Tensor.new_empty, []
 
@@ -47,7 +49,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not dtype.is_floating_point:
             return empty(*shape, dtype=dtype, device=device)
         size = math.prod(shape)
-        memory = torch.full((size + MARGIN,), float("nan"), dtype=dtype)
+        memory = torch.full((size + MARGIN,), float("nan"), dtype=dtype, device=DEVICE)
         margins.append(memory[size:])
         return memory[:size].view(shape)
 
@@ -57,6 +59,18 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Tensor, "new_empty", launcher)
     yield
     assert all(bool(margin.isnan().all()) for margin in margins), "a kernel wrote outside its output"
+
+
+@pytest.fixture(autouse=True)
+def sums_in_float32() -> Iterator[None]:
+    """cuBLAS may add up parts of a product in half precision otherwise, which is its own affair."""
+    settings, names = torch.backends.cuda.matmul, [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before = {name: getattr(settings, name) for name in names}
+    for name in names:
+        setattr(settings, name, False)
+    yield
+    for name, value in before.items():
+        setattr(settings, name, value)
 
 
 class Case:
@@ -89,12 +103,14 @@ class Case:
         self.dense = reference.dequantize(*packed, bits).double()  # [in, out]
         self.exact = self.x.double() @ self.dense
         self.expected = self.rounded(self.exact + self.bias.double())
-        self.bits = bits
-        self.problem = Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu", bits=bits)
+        for name in ("x", "bias", "dense", "exact", "expected"):
+            setattr(self, name, getattr(self, name).to(DEVICE))
+        self.weight = KernelWeight(*(part.to(DEVICE) for part in self.weight))
+        self.problem = Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device=DEVICE, bits=bits)
 
     def rounded(self, y: Tensor) -> Tensor:
         """In x's dtype. The interpreter cuts float32 off to bfloat16; a GPU rounds."""
-        if self.x.dtype == torch.bfloat16:
+        if self.x.dtype == torch.bfloat16 and jit.INTERPRETED:
             return (y.float().view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
         return y.to(self.x.dtype)
 
@@ -111,7 +127,7 @@ def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> Non
 
 def test_gemv_of_an_unaligned_view() -> None:
     case = Case(8, 512, 512, 1, torch.float16)
-    view = torch.cat((torch.ones(1, 1).half(), case.x), 1)[:, 1:]
+    view = torch.cat((case.x[:, :1], case.x), 1)[:, 1:]
     assert view.data_ptr() % 4 == 2
     assert torch.equal(gemv.gemv(view, *case.weight, case.bias), case.expected)
 
@@ -149,10 +165,10 @@ def test_every_bucket_of_tokens(m: int, dtype: torch.dtype, bits: int) -> None:
 def test_dequantize_whole_and_in_part(shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
     case, (n, k, _) = Case(*shape, 1, torch.float32, bits), shape
     expected = case.dense.T.to(dtype)
-    assert torch.equal(dequantize.dequantize(*case.weight, torch.empty(n, k, dtype=dtype), bits), expected)
+    assert torch.equal(dequantize.dequantize(*case.weight, case.dense.new_empty(n, k).to(dtype), bits), expected)
     for start in range(128, k, 128):
         columns = min(256, k - start)
-        part = dequantize.dequantize(*case.weight, torch.empty(n, columns, dtype=dtype), bits, start)
+        part = dequantize.dequantize(*case.weight, case.dense.new_empty(n, columns).to(dtype), bits, start)
         assert torch.equal(part, expected[:, start : start + columns])
 
 
@@ -168,7 +184,7 @@ def test_products_with_the_dense_matrix(
     assert torch.equal(dequantize.matmul_dequantized(case.x, *case.weight, case.bias, bits), (case.exact + case.bias.double()).to(dtype))
     assert torch.equal(dequantize.matmul_dequantized(case.x, *case.weight, bits=bits), case.exact.to(dtype))
     generator = torch.Generator().manual_seed(1)
-    dy = torch.zeros(5, n).scatter_(1, torch.randint(0, n, (5, 3), generator=generator), 1.0).to(dtype)
+    dy = torch.zeros(5, n).scatter_(1, torch.randint(0, n, (5, 3), generator=generator), 1.0).to(DEVICE, dtype)
     assert torch.equal(dequantize.input_grad(dy, *case.weight, k, bits), (dy.double() @ case.dense.T).to(dtype))
 
 
@@ -183,7 +199,7 @@ def test_experts(counts: list[int], shape: tuple[int, int, int], dtype: torch.dt
     assert experts.supports(cases[0].problem) is None
     weight = KernelWeight(*(torch.stack(part) for part in zip(*(case.weight for case in cases), strict=True)))
     gather = lambda name: torch.cat([getattr(case, name)[:count] for case, count in zip(cases, counts, strict=True)])  # noqa: E731
-    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    offsets = torch.tensor([0, *counts], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
     bias = torch.stack([case.bias for case in cases])
     y = experts.experts_linear(gather("x"), offsets, *weight, bias, bits, tuning.GemmConfig(warps=4, stages=1, bn=64, bm=4))
     assert torch.equal(y, gather("expected"))
@@ -199,7 +215,7 @@ def test_dense_inputs_and_splits_by_the_table() -> None:
 def test_rounded_results_repeat_and_are_near() -> None:
     generator = torch.Generator().manual_seed(0)
     case = Case(64, 512, 128, 3, torch.float16)
-    x = torch.randn(3, 512, generator=generator).half()
+    x = torch.randn(3, 512, generator=generator).to(DEVICE, torch.float16)
     for splits in (1, 4):
         y = gemm.gemm(x, *case.weight, splits=splits)
         assert torch.equal(y, gemm.gemm(x, *case.weight, splits=splits))
@@ -213,8 +229,8 @@ def test_unread_padding_of_the_last_block_may_be_anything() -> None:
     assert torch.equal(gemv.gemv(case.x[:1], *case.weight, case.bias), case.expected[:1])
 
 
-def test_this_is_the_interpreter() -> None:
-    assert jit.INTERPRETED
+def test_what_runs_the_kernels() -> None:
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == jit.INTERPRETED
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -228,6 +244,6 @@ def test_the_op_comes_to_the_kernel_for_so_many_tokens(bits: int, m: int, kernel
     assert chosen is not None and chosen.name == kernel
     y = ops.linear(case.x, list(case.weight), case.bias, 16, 2, bits, "triton")
     torch.testing.assert_close(y.double(), case.exact + case.bias.double(), rtol=2e-3, atol=0)
-    dy = torch.ones(2, 16, dtype=torch.float16)
+    dy = torch.ones(2, 16, dtype=torch.float16, device=DEVICE)
     dx = ops.input_grad(dy, list(case.weight), 128, 2, bits, "triton")
     torch.testing.assert_close(dx.double(), dy.double() @ case.dense.T, rtol=2e-3, atol=1e-2)
