@@ -102,9 +102,12 @@ class AwqHfQuantizer(HfQuantizer):
         self.quantization_config.describe(model.get_submodule(name).spec for name in self.loading.layouts)
         self.loading = None
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused.
+
+        transformers passes the model from 5.21 on.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *model)
         return [*conversions, *compat.packed_conversions(conversions)] if self.pre_quantized else conversions
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
