@@ -270,6 +270,11 @@ def when_loaded(model: Any, action: Callable[[Any], None]) -> None:
     model._adjust_missing_and_unexpected_keys = types.MethodType(adjust, model)
 
 
+def note_other_shapes(model: Any, loading_info: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Note what was loaded in another shape than the empty model had. Before 5.23, transformers compares none if there is a quantizer."""
+    loading_info.mismatched_keys |= {(n, t.shape, shapes[n]) for n, t in model.state_dict().items() if n in shapes and t.shape != shapes[n]}
+
+
 def cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     """Cast what was loaded to the dtypes that the empty model had, by name, but for what its class keeps in float32.
 

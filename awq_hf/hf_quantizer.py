@@ -62,7 +62,13 @@ class AwqHfQuantizer(HfQuantizer):
             if name.endswith(".qweight"):
                 raise ValueError(f"{name}: the checkpoint is quantized already, which its config.json should say in quantization_config")
         self.prepare(model)
-        compat.when_loaded(model, lambda info: check_float_keys(model, info))
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+        def loaded(info: Any) -> None:
+            compat.note_other_shapes(model, info, shapes)
+            check_float_keys(model, info)
+
+        compat.when_loaded(model, loaded)
 
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from awq_hf.model_cards import is_generated
 from tests.hub.fixtures import environment
@@ -86,6 +87,14 @@ def source_files() -> set[str]:
 def expected_files() -> set[str]:
     """The same, by its name in the wheel."""
     return {name.replace(*REGISTER) for name in source_files()}
+
+
+def test_the_lowest_versions_that_are_tested_are_those_that_are_asked_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    asked = dict(re.findall(r'^(?:    |data = \[)"([\w-]+)>=([\d.]+)', text, re.MULTILINE))
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    asked.pop("tomli"), asked.pop("torch"), tested.pop("torch")  # for Python 3.10 only; not tried
+    assert {name: Version(version) for name, version in tested.items()} == {name: Version(version) for name, version in asked.items()}
 
 
 def test_every_linked_folder_holds_a_file() -> None:
