@@ -35,7 +35,13 @@ def begin(model: Any, files: Iterable[str | os.PathLike[str]], spec_of: Callable
     """Give `model`, empty on the meta device, the modules of the checkpoint, and have its keys checked when they are loaded."""
     headers = read_headers(files, model.config.name_or_path)
     layouts = convert_modules(model, headers, spec_of, version)
-    compat.when_loaded(model, lambda info: check_keys(model, info))
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+    def loaded(info: Any) -> None:
+        check_keys(model, info)
+        compat.cast_renamed(model, dtypes)
+
+    compat.when_loaded(model, loaded)
     return Loading(headers, layouts, match_tensors(model, headers))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     PrefixChange,
+    SplitModulelist,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -27,7 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D as Conv1D
-from transformers.quantizers import auto
+from transformers.quantizers import HfQuantizer, auto
 from transformers.utils import logging
 
 METHOD = "awq"
@@ -122,11 +124,28 @@ def packed_conversions(conversions: Iterable[Any]) -> list[Any]:
     for converter in conversions:
         if isinstance(converter, WeightConverter) and (sources := _stacked(converter)):
             (target,) = converter._original_target_patterns
-            operations = [MergeModulelist(dim=0), Concatenate(dim=2)][: 1 if len(sources) == 1 else 2]
+            operations = [_Merge(dim=0), Concatenate(dim=2)][: 1 if len(sources) == 1 else 2]
             for part in PACKED:
                 renamed = [f"{source.removesuffix('.weight')}.{part}" for source in sources]
-                found.append(converter.copy(renamed, [f"{target}.{part}"], operations=list(operations)))
+                packed = WeightConverter(renamed, [f"{target}.{part}"], operations=list(operations), force_cpu=converter.force_cpu)
+                packed.scope_prefix, packed.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+                found.append(packed)
     return found
+
+
+class _Merge(MergeModulelist):
+    """Its inverse keeps the group that is the only one, [experts, 1, out]: before 5.23, transformers drops every dimension of 1."""
+
+    @property
+    def reverse_op(self) -> SplitModulelist:
+        return _Split(self.dim)
+
+
+class _Split(SplitModulelist):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        given = next(iter(input_dict.values()))
+        shape = (given[0] if isinstance(given, list) else given).shape[1:]
+        return {name: part.reshape(shape) for name, part in super().convert(input_dict, *args, **kwargs).items()}
 
 
 def save_packed_experts(model: Any) -> None:
@@ -236,6 +255,24 @@ def when_loaded(model: Any, action: Callable[[Any], None]) -> None:
         action(loading_info)
 
     model._adjust_missing_and_unexpected_keys = types.MethodType(adjust, model)
+
+
+def note_other_shapes(model: Any, loading_info: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Note what was loaded in another shape than the empty model had. Before 5.23, transformers compares none if there is a quantizer."""
+    loading_info.mismatched_keys |= {(n, t.shape, shapes[n]) for n, t in model.state_dict().items() if n in shapes and t.shape != shapes[n]}
+
+
+def cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Cast what was loaded to the dtypes that the empty model had, by name, but for what its class keeps in float32.
+
+    Before 5.21, transformers leaves what it renames in the dtype of the file when the checkpoint is quantized.
+    """
+    if hasattr(HfQuantizer, "get_new_dtype"):
+        return
+    kept = [name.replace("*", ".*") for name in model._get_dtype_plan(model.config.dtype)]
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in dtypes and not tensor.is_meta:
+            tensor.data = tensor.to(torch.float32 if any(re.search(pattern, name) for pattern in kept) else dtypes[name])
 
 
 def left_out(model: Any, name: str) -> bool:

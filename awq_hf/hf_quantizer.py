@@ -65,7 +65,13 @@ class AwqHfQuantizer(HfQuantizer):
             if name.endswith(".qweight"):
                 raise ValueError(f"{name}: the checkpoint is quantized already, which its config.json should say in quantization_config")
         self.prepare(model)
-        compat.when_loaded(model, lambda info: check_float_keys(model, info))
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+        def loaded(info: Any) -> None:
+            compat.note_other_shapes(model, info, shapes)
+            check_float_keys(model, info)
+
+        compat.when_loaded(model, loaded)
 
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""
@@ -106,9 +112,12 @@ class AwqHfQuantizer(HfQuantizer):
         self.quantization_config.describe(model.get_submodule(name).spec for name in self.loading.layouts)
         self.loading = None
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused.
+
+        transformers passes the model from 5.21 on.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *model)
         return [*conversions, *compat.packed_conversions(conversions)] if self.pre_quantized else conversions
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -72,6 +72,10 @@ def test_names_of_an_older_vision_language_checkpoint(
     model = assert_round_trip(tmp_path / "in", plain, tmp_path / "out", AutoModelForImageTextToText)
     assert sum(isinstance(module, AwqLinear) for module in model.modules()) == 14
     assert load_file(tmp_path / "in" / "model.safetensors").keys() == load_file(tmp_path / "out" / "model.safetensors").keys()
+    half = load(tmp_path / "in", AutoModelForImageTextToText, dtype=torch.bfloat16)
+    assert all(
+        p.dtype == (torch.float16 if ".scales" in n else torch.bfloat16) for n, p in half.named_parameters() if p.is_floating_point()
+    )
 
 
 @pytest.mark.parametrize("prefixed", [True, False])

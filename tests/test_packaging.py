@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from awq_hf.model_cards import is_generated
 from tests.hub.fixtures import environment
@@ -88,6 +89,14 @@ def expected_files() -> set[str]:
     return {name.replace(*REGISTER) for name in source_files()}
 
 
+def test_the_lowest_versions_that_are_tested_are_those_that_are_asked_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    asked = dict(re.findall(r'^(?:    |data = \[)"([\w-]+)>=([\d.]+)', text, re.MULTILINE))
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    asked.pop("tomli"), asked.pop("torch"), tested.pop("torch")  # for Python 3.10 only; not tried
+    assert {name: Version(version) for name, version in tested.items()} == {name: Version(version) for name, version in asked.items()}
+
+
 def test_every_linked_folder_holds_a_file() -> None:
     """Git keeps no empty folders: without a file in it, a link points nowhere in a fresh clone and nothing can be built."""
     for name in FOLDERS:
@@ -136,7 +145,7 @@ def test_the_wheel_says_what_it_needs_and_starts(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (archive.read(n).decode() for n in names_in(wheel) if n.endswith("METADATA"))
         (scripts,) = (archive.read(n).decode() for n in names_in(wheel) if n.endswith("entry_points.txt"))
-    assert "Requires-Dist: transformers<6,>=5.21" in metadata and "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Dist: transformers<6,>=5.16.1" in metadata and "License-Expression: Apache-2.0" in metadata
     assert "awq-hf = awq_hf.cli:main" in scripts
 
 

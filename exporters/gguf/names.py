@@ -112,7 +112,7 @@ def _add_window(writer: GGUFWriter, config: PreTrainedConfig, architecture: Arch
         if kinds != ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(len(kinds))]:
             raise ValueError(f"layer_types is {kinds}, but llama.cpp computes one full layer at every n-th place only")
         writer.add_sliding_window(config.sliding_window)
-        writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", period)  # gguf 0.17 has no method for it
+        writer.add_sliding_window_pattern(period)
     elif architecture.arch is gguf.MODEL_ARCH.PHI3:
         writer.add_sliding_window(window or 0)  # required there; 0: none
     if window is not None and window < context and not architecture.window:

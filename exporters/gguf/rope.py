@@ -44,7 +44,7 @@ def add_rope(writer: GGUFWriter, config: PreTrainedConfig, architecture: Archite
     if sliding is not full:
         if sliding.get("rope_type", "default") != "default":
             raise ValueError(f"rope_type of the layers with a sliding window is {sliding['rope_type']!r}, but llama.cpp scales none there")
-        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", sliding["rope_theta"])  # gguf 0.17 has no method for it
+        writer.add_rope_freq_base_swa(sliding["rope_theta"])
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(kind))
         writer.add_rope_scaling_factor(full["factor"])

@@ -51,7 +51,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2, yarn with its own factor": dict(model_type="qwen2", rope_parameters={**YARN, "attention_factor": 1.5, "beta_fast": 16.0}),
     "qwen3": dict(model_type="qwen3", head_dim=32),
     "qwen3_moe": dict(model_type="qwen3_moe", **MOE),
-    "gemma2": dict(model_type="gemma2", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma2": dict(
+        model_type="gemma2",
+        **GEMMA,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        attn_implementation="eager",  # transformers' choice before 5.21, sdpa, leaves the softcap out
+    ),
     "gemma3": dict(model_type="gemma3_text", **GEMMA, num_hidden_layers=7, rope_parameters=GEMMA3_ROPE, use_bidirectional_attention=False),
     "phi3": dict(model_type="phi3", sliding_window=None),
     "phi3, longrope": dict(

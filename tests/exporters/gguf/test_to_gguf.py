@@ -44,7 +44,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),  # experts stay in float
     "qwen2": dict(model_type="qwen2"),
     "qwen3": dict(model_type="qwen3", head_dim=64),
-    "gemma2": dict(model_type="gemma2", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma2": dict(
+        model_type="gemma2",
+        **GEMMA,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        attn_implementation="eager",  # transformers' choice before 5.21, sdpa, leaves the softcap out
+    ),
     "gemma3": dict(model_type="gemma3_text", **GEMMA, num_hidden_layers=6, use_bidirectional_attention=False),
     "phi3": dict(model_type="phi3", sliding_window=None),
 }
