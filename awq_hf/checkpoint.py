@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from awq_hf import compat
+from awq_hf import compat, renaming
 from awq_hf.expert_checkpoint import ExpertTensors
 from awq_hf.experts import holds_experts, reason_against
 from awq_hf.headers import Headers, read_headers
@@ -62,7 +62,7 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
     if not owners:
         raise ValueError("config.json says AWQ, but no tensor of the checkpoint is named *.qweight: it is not quantized")
     declared = declared_layout(version)
-    resolve, parameters = compat.resolver(model), model.state_dict()
+    resolve, parameters = renaming.resolver(model), model.state_dict()
     layouts: dict[str, str] = {}
     experts = ExpertTensors(model, headers)
     for owner, tensor in owners.items():
@@ -85,7 +85,7 @@ def convert_modules(model: Any, headers: Headers, spec_of: Callable[[str], Quant
     return layouts
 
 
-def _no_place(tensor: str, conversion: compat.Conversion | None, name: str, model: Any) -> str:
+def _no_place(tensor: str, conversion: renaming.Conversion | None, name: str, model: Any) -> str:
     if conversion is not None:
         parent = model.get_submodule(name.rpartition(".")[0]) if name in model.state_dict() else None
         why = reason_against(parent) if parent is not None and holds_experts(parent) else None
@@ -107,7 +107,7 @@ def _empty(stored: Stored, layout: str, matrix: nn.Module) -> AwqLinear:
     return awq
 
 
-def _scale_activations(model: Any, headers: Headers, resolve: compat.Resolve) -> None:
+def _scale_activations(model: Any, headers: Headers, resolve: renaming.Resolve) -> None:
     """Wrap the activations that have scales of their own: AutoAWQ scales so where no weight precedes a Linear (GELU)."""
     parameters = model.state_dict()
     bare = {f"{name}.scales": module for name, module in model.named_modules() if name and next(module.parameters(), None) is None}
@@ -126,7 +126,7 @@ def match_tensors(model: Any, headers: Headers) -> dict[str, str]:
 
     Raises ValueError for shapes and kinds of dtype that do not fit. What is missing or left over is known after loading, see `check_keys`.
     """
-    resolve, parameters = compat.resolver(model), model.state_dict()
+    resolve, parameters = renaming.resolver(model), model.state_dict()
     sources: dict[str, str] = {}
     for tensor, info in headers.items():
         name, conversion = resolve(tensor, parameters)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from awq_hf.compat import Conversion, last_parts
 from awq_hf.experts import FUSED, AwqExperts, ExpertWeights, joins_words, reason_against
 from awq_hf.headers import Headers
 from awq_hf.kernels.layout import GEMM, WIDE
+from awq_hf.renaming import Conversion, last_parts
 from awq_hf.spec import QuantSpec
 from awq_hf.stored import DTYPES, Stored
 

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer
 from transformers.quantizers.base import HfQuantizer
 
-from awq_hf import base_model, compat, unfinished
+from awq_hf import base_model, compat, renaming, unfinished
 from awq_hf.beside import load_beside, remember_place
 from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
@@ -94,9 +94,9 @@ class AwqHfQuantizer(HfQuantizer):
         report.base_model = base_model.describe(model.config.name_or_path or "", getattr(model.config, "_commit_hash", None))
         quantized, left = [layer.name for layer in report.layers], list(report.left_in_float)
         if any(isinstance(module, AwqExperts) for module in model.modules()):
-            compat.save_packed_experts(model)
+            renaming.save_packed_experts(model)
         if any(isinstance(module, AwqExperts) or holds_experts(module) for module in model.modules()):
-            quantized, left = quantized + compat.quantized_on_disk(model), left + [compat.name_on_disk(model, name) for name in left]
+            quantized, left = quantized + renaming.quantized_on_disk(model), left + [renaming.name_on_disk(model, name) for name in left]
         entries = skip_list(left, quantized)
         self.quantization_config.modules_to_not_convert = entries or None
         report.notes += caveats(entries, report.left_in_float, quantized) + serving_notes(packed_modules(model))
@@ -118,7 +118,7 @@ class AwqHfQuantizer(HfQuantizer):
         transformers passes the model from 5.21 on.
         """
         conversions = super().update_weight_conversions(weight_conversions, *model)
-        return [*conversions, *compat.packed_conversions(conversions)] if self.pre_quantized else conversions
+        return [*conversions, *renaming.packed_conversions(conversions)] if self.pre_quantized else conversions
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """A plain model. dtype: of the whole model, so that it runs; None: the dtype that it has."""
@@ -135,7 +135,7 @@ class AwqHfQuantizer(HfQuantizer):
                 raise ValueError(f"{name} divides its outputs by scales of its own, which a plain {type(model).__name__} has no place for")
         make_dense(model, dtype)
         compat.forget_after_saving(model)
-        compat.save_float_experts(model)
+        renaming.save_float_experts(model)
         return model
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from awq_hf import compat, representable
+from awq_hf import renaming, representable
 from awq_hf.blocks import experts_of, find_blocks, linear_routers, matrices_of
 from awq_hf.experts import FUSED, holds_experts, joins_words, reason_against
 from awq_hf.kernels.layout import column_multiple
@@ -94,9 +94,9 @@ def _sort_out_experts(model: nn.Module, prefix: str, blocks: nn.ModuleList, reci
     fates: dict[str, Fate] = {}
     misfits: dict[str, str] = {}
     modules = {f"{prefix}.{i}.{name}": module for i, block in enumerate(blocks) for name, module in experts_of(block).items()}
-    parts = compat.expert_parts(model, list(modules)) if modules else {}
+    parts = renaming.expert_parts(model, list(modules)) if modules else {}
     for name, module in modules.items():
-        fate = fates[name] = _fate_of({name, compat.name_on_disk(model, name)}, module, parts[name], recipe)
+        fate = fates[name] = _fate_of({name, renaming.name_on_disk(model, name)}, module, parts[name], recipe)
         if not isinstance(fate, str):
             for (part, (rows, columns)), spec, count in zip(expert_shapes(module).items(), fate, (2, 1), strict=True):
                 misfit = _misfit(rows // count, columns, spec, recipe)
@@ -129,9 +129,9 @@ def _expert_names(model: nn.Module) -> list[str]:
     """The matrices of experts that transformers fuses, by all names that the recipe may call them."""
     modules = {name: module for name, module in model.named_modules() if holds_experts(module)}
     found = []
-    for name, parts in (compat.expert_parts(model, list(modules)) if modules else {}).items():
+    for name, parts in (renaming.expert_parts(model, list(modules)) if modules else {}).items():
         leaves, count = [leaf for each in parts.values() for leaf in each], len(modules[name].get_parameter(FUSED[1]))
-        found += [f"{called}.{e}.{leaf}" for called in (name, compat.name_on_disk(model, name)) for leaf in leaves for e in range(count)]
+        found += [f"{called}.{e}.{leaf}" for called in (name, renaming.name_on_disk(model, name)) for leaf in leaves for e in range(count)]
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from awq_hf import compat
+from awq_hf import compat, renaming
 from awq_hf.base_model import identify
 from awq_hf.classes import empty_model, read_config
 from awq_hf.config import AwqConfig
@@ -133,7 +133,7 @@ class _Ahead(Checkpoint):
 
 
 def _as_quantized(checkpoint: Checkpoint, empty: Any, specs: Mapping[str, QuantSpec]) -> _Ahead:
-    resolve, known = compat.resolver(empty), empty.state_dict()
+    resolve, known = renaming.resolver(empty), empty.state_dict()
     stored = {entry.name: resolve(entry.name, known)[0].removesuffix(".weight") for entry in checkpoint.names()}
     kinds = {name: specs[module] for name, module in stored.items() if module in specs}
     return _Ahead(**{part.name: getattr(checkpoint, part.name) for part in fields(Checkpoint)}, specs=kinds)

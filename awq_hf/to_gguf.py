@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from awq_hf import compat
+from awq_hf import compat, renaming
 from awq_hf.beside import remember_place
 from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.calibration.data import Windows
@@ -198,7 +198,7 @@ def _linears(model: Any, plan: Plan, types: Mapping[str, Type]) -> dict[str, str
     """Tensor of the checkpoint -> module of the model, for the Linears of its blocks that become blocks of the file."""
     prefix, blocks = find_blocks(model)
     inside = {f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in matrices_of(block)}
-    resolve, known = compat.resolver(model), model.state_dict()
+    resolve, known = renaming.resolver(model), model.state_dict()
     found = {}
     for name, place in plan.places.items():
         if types[place.target] not in FLOATS and place.expert is None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from awq_hf import compat
+from awq_hf import compat, renaming
 from awq_hf.beside import subfolder_of
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.rope_keys import with_older_rope_keys
@@ -213,7 +213,7 @@ def _in_memory(model: PreTrainedModel) -> Checkpoint:
     label = model.name_or_path or type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{label} has adapters attached; merge them into the model, or delete them, before it is exported")
-    tensors = compat.state_dict_on_disk(model)
+    tensors = renaming.state_dict_on_disk(model)
     if elsewhere := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
         raise ValueError(f'{elsewhere[0]} of {label} is offloaded; load the model with device_map="cpu", or export its directory')
     headers = {name: TensorInfo(tuple(tensor.shape), _name_of(name, tensor), "memory") for name, tensor in tensors.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from awq_hf import compat
+from awq_hf import compat, renaming
 from awq_hf.classes import empty_model
 from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.linear import AwqLinear, PackedModule
@@ -69,7 +69,7 @@ def _resolvers(model: Any) -> tuple[Callable[[str], str | None], Callable[[str],
     """Name of a module on disk -> its name in memory, None where it is fused with others, or not there; and -> the parameter it is fused
     into, "" where it is not."""
     known = model.state_dict() | {f"{name}.weight": None for name, module in model.named_modules() if isinstance(module, AwqLinear)}
-    resolve = compat.resolver(model)
+    resolve = renaming.resolver(model)
 
     def in_memory(owner: str) -> str | None:
         name, conversion = resolve(f"{owner}.weight", known)
