@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from awq_hf import AwqConfig, AwqLinear, compat
+from awq_hf import AwqConfig, AwqLinear, renaming
 from awq_hf.linear import ScaledActivation
 
 IDS = torch.arange(3, 15)[None]
@@ -153,7 +153,7 @@ def test_experts_in_float_beside_quantized_attention(moe: Any, write_awq: Callab
 def test_modules_that_transformers_rearranges_are_refused(quantized_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused and split projections: what is done to a matrix cannot be done to its packed integers."""
     turned = WeightConverter("mlp.up_proj.weight", "mlp.up_proj.weight", [Transpose(0, 1)])
-    monkeypatch.setattr(compat, "get_model_conversion_mapping", lambda _model: [turned])
+    monkeypatch.setattr(renaming, "get_model_conversion_mapping", lambda _model: [turned])
     with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.qweight cannot be loaded: transformers rearranges .*Transpose"):
         load(quantized_dir)
 
