@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
@@ -162,6 +162,21 @@ def test_dequantize_to_another_dtype(loaded: torch.dtype, wanted: torch.dtype, q
     model = model.dequantize(wanted)
     assert {parameter.dtype for parameter in model.parameters()} == {wanted} and model(prompt).logits.dtype == wanted
     assert torch.equal(model.model.rotary_emb.inv_freq, rope)  # which is kept in float32
+
+
+def test_dequantize_keeps_in_float32_what_loading_would(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path
+) -> None:
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)
+    latent = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1, first_k_dense_replace=0)
+    model = random_model(DeepseekV3Config(**sizes, **latent, **experts, max_position_embeddings=128))
+    plain = awq_hf.quantize(model, small_config(samples=2)).dequantize(torch.bfloat16)
+    assert plain.state_dict()["model.layers.0.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {n: t.dtype for n, t in plain.state_dict().items()}
+    assert torch.equal(plain(prompt).logits, loaded(prompt).logits)
 
 
 def test_dequantize_after_saving(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
