@@ -122,6 +122,8 @@ class AwqHfQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """A plain model. dtype: of the whole model, so that it runs, but for what its class keeps in float32; None: the one that it has."""
+        if offloaded := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+            raise ValueError(f'{offloaded} is offloaded; load the model with device_map="cpu", or export its directory ("dense")')
         # The base class takes config.dtype, which is a name after saving, and not the model's when it was cast in memory.
         old = model.get_input_embeddings().weight.dtype
         new = getattr(torch, dtype) if isinstance(dtype, str) else dtype or old

@@ -179,6 +179,17 @@ def test_dequantize_keeps_in_float32_what_loading_would(
     assert torch.equal(plain(prompt).logits, loaded(prompt).logits)
 
 
+def test_offloaded_models_are_not_dequantized_and_stay_as_they_are(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
+    devices = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        quantized_dir, device_map={**devices, "model.layers.1": "disk"}, offload_folder=str(tmp_path)
+    )
+    expected = model(prompt).logits
+    with pytest.raises(ValueError, match=r'model\.layers\.1\..* is offloaded; load the model with device_map="cpu"'):
+        model.dequantize()
+    assert torch.equal(model(prompt).logits, expected)
+
+
 def test_dequantize_after_saving(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(quantized_dir)
     expected = model(prompt).logits
