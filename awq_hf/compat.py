@@ -146,8 +146,8 @@ def skip_initialization(model: Any, names: Iterable[str]) -> None:
             module._is_hf_initialized = True
 
 
-def forget_gguf(model: Any) -> str | None:
-    """Take from a model what transformers' reader of GGUF files left on it, and return the file's name; None for all other models.
+def gguf_file_of(model: Any) -> str | None:
+    """The name of the GGUF file that transformers read a model from, which calls it quantized; None for all other models.
 
     Raises ValueError where its weights are still the file's blocks.
     """
@@ -160,7 +160,6 @@ def forget_gguf(model: Any) -> str | None:
             f"{packed[0]} is in memory as {file} holds it, in blocks that are quantized already; to quantize what they decode to, load it "
             "with quantization_config=transformers.GgufConfig(dequantize=True)"
         )
-    quantizer.remove_quantization_config(model)
     return file
 
 

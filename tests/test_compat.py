@@ -214,6 +214,8 @@ def from_gguf(demo_dir: Path, tmp_path: Path) -> Any:
 def test_what_came_out_of_a_gguf_file_can_be_quantized(demo_dir: Path, prompt: Tensor, tmp_path: Path, caplog: Any) -> None:
     model = from_gguf(demo_dir, tmp_path)
     config = awq_hf.AwqConfig.plain_rounding(samples=2, seq_len=16, tokenizer=demo_dir / "model")
+    with pytest.raises(ValueError, match="'nothing' is in no module's name"):  # which leaves it what it was
+        awq_hf.quantize(model, awq_hf.AwqConfig(modules_to_not_convert=["nothing"]))
     quantized: Any = awq_hf.quantize(model, config, output_dir=tmp_path / "awq")
     assert any("came out of m.gguf" in note for note in quantized.awq_report.notes) and "came out of m.gguf" in caplog.text
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "awq")
