@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from awq_hf.beside import load_beside, places_beside
 from awq_hf.classes import check_code, class_for
-from awq_hf.compat import check_not_split, forget_gguf, progress_bar
+from awq_hf.compat import check_not_split, gguf_file_of, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -124,8 +124,8 @@ def export(
 
 def _quantize_in_place(model: PreTrainedModel, config: AwqConfig) -> PreTrainedModel:
     check_whole(model)
-    gguf_file = forget_gguf(model)
-    if getattr(model, "is_quantized", False):
+    gguf_file = gguf_file_of(model)
+    if gguf_file is None and getattr(model, "is_quantized", False):
         raise ValueError("the model is quantized already; quantize the float model, or call model.dequantize() first")
     check_not_split(model)
     quantizer = AwqHfQuantizer(config, pre_quantized=False)

@@ -103,10 +103,16 @@ def cast_renamed(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
     """
     if hasattr(HfQuantizer, "get_new_dtype"):
         return
-    kept = [name.replace("*", ".*") for name in model._get_dtype_plan(model.config.dtype)]
+    kept = kept_in_float32(model, model.config.dtype)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if name in dtypes and not tensor.is_meta:
-            tensor.data = tensor.to(torch.float32 if any(re.search(pattern, name) for pattern in kept) else dtypes[name])
+            tensor.data = tensor.to(torch.float32 if name in kept else dtypes[name])
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+    """The tensors that the model's class keeps in float32 when it is loaded in `dtype`: routers' biases, say."""
+    patterns = [name.replace("*", ".*") for name in model._get_dtype_plan(dtype)]
+    return {name for name in model.state_dict() if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def left_out(model: Any, name: str) -> bool:
@@ -140,8 +146,8 @@ def skip_initialization(model: Any, names: Iterable[str]) -> None:
             module._is_hf_initialized = True
 
 
-def forget_gguf(model: Any) -> str | None:
-    """Take from a model what transformers' reader of GGUF files left on it, and return the file's name; None for all other models.
+def gguf_file_of(model: Any) -> str | None:
+    """The name of the GGUF file that transformers read a model from, which calls it quantized; None for all other models.
 
     Raises ValueError where its weights are still the file's blocks.
     """
@@ -154,7 +160,6 @@ def forget_gguf(model: Any) -> str | None:
             f"{packed[0]} is in memory as {file} holds it, in blocks that are quantized already; to quantize what they decode to, load it "
             "with quantization_config=transformers.GgufConfig(dequantize=True)"
         )
-    quantizer.remove_quantization_config(model)
     return file
 
 

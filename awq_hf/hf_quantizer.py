@@ -121,12 +121,14 @@ class AwqHfQuantizer(HfQuantizer):
         return [*conversions, *renaming.packed_conversions(conversions)] if self.pre_quantized else conversions
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """A plain model. dtype: of the whole model, so that it runs; None: the dtype that it has."""
+        """A plain model. dtype: of the whole model, so that it runs, but for what its class keeps in float32; None: the one that it has."""
+        if offloaded := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+            raise ValueError(f'{offloaded} is offloaded; load the model with device_map="cpu", or export its directory ("dense")')
         # The base class takes config.dtype, which is a name after saving, and not the model's when it was cast in memory.
         old = model.get_input_embeddings().weight.dtype
         new = getattr(torch, dtype) if isinstance(dtype, str) else dtype or old
         model = super().dequantize(model, dtype=new)
-        cast(model, old, new)
+        cast(model, old, new, () if dtype is None else compat.kept_in_float32(model, new))
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:

@@ -188,10 +188,14 @@ def _shortest_pattern(name: str, others: Iterable[str]) -> str:
 
 
 def _check_parts(model: nn.Module, recipe: Recipe, plan: Plan) -> None:
-    """Raise ValueError for an override that is in no layer's name, or an entry of the skip list that is in no module's."""
+    """Raise ValueError for an override that is in no layer's name, or an entry of the skip list that is in no module's.
+
+    What stays in float may be called as in the files: the skip list that a quantized model is saved with names it so as well.
+    """
     experts = _expert_names(model)
     layers = [*plan.specs, *plan.left_in_float, *experts]
     modules = [*(name for name, _ in model.named_modules() if name), *experts]
+    modules += [renaming.name_on_disk(model, name) for name in plan.left_in_float] if recipe.skip else []
     for option, parts, names, kind in (
         ("overrides", [part for part, _ in recipe.overrides], layers, "layer"),
         (SKIPPED, recipe.skip, modules, "module"),

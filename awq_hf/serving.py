@@ -21,8 +21,9 @@ def serving(model: Any, packed: Mapping[str, PackedModule]) -> list[str]:
     """Sentences on serving `model` when `packed`, by name, is quantized; none for widths that servers have no kernels for."""
     if not packed or {module.spec.bits for module in packed.values()} - {4, 8}:
         return []
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
-    split = tensor_parallel(packed, getattr(model, "tp_plan", None) or {}, heads if isinstance(heads, int) else None)
+    text = model.config.get_text_config()
+    heads = (getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None))
+    split = tensor_parallel(packed, getattr(model, "tp_plan", None) or {}, *(each if isinstance(each, int) else None for each in heads))
     return ([split] if split else []) + serving_notes(packed)
 
 
@@ -58,25 +59,29 @@ def _text(spec: QuantSpec) -> str:
     return f"{spec.bits} {'symmetric ' * spec.symmetric}bits in {'whole rows' if spec.group_size == -1 else f'groups of {spec.group_size}'}"
 
 
-def tensor_parallel(packed: Mapping[str, PackedModule], tp_plan: Mapping[str, str], heads: int | None) -> str | None:
+def tensor_parallel(
+    packed: Mapping[str, PackedModule], tp_plan: Mapping[str, str], heads: int | None, kv_heads: int | None = None
+) -> str | None:
     """Over how many GPUs the model can be split, and what is in the way; None where transformers does not know how to split it.
 
     tp_plan: that of the model, names with * for numbers -> how they are split. The inputs of what is split by rows, "rowwise", have to
-    fall apart into whole groups.
+    fall apart into whole groups; heads of keys and values are dealt out, or each is held by as many GPUs as any other.
     """
     rowwise = [re.compile(re.escape(name).replace(r"\*", r"\d+")) for name, how in tp_plan.items() if how.startswith("rowwise")]
     split = {name: module for name, module in packed.items() if any(pattern.fullmatch(name) for pattern in rowwise)}
     if not split:
         return None
-    obstacles = {gpus: found for gpus in GPUS if (found := _obstacle(gpus, split, heads))}
+    obstacles = {gpus: found for gpus in GPUS if (found := _obstacle(gpus, split, heads, kv_heads))}
     possible = [gpus for gpus in GPUS if gpus not in obstacles]
     over = f"tensor parallelism over {_either(possible)} GPUs" if possible else "no tensor parallelism"
     return over if not obstacles else f"{over}; not {_either(obstacles)}: {next(iter(obstacles.values()))}"
 
 
-def _obstacle(gpus: int, split: Mapping[str, PackedModule], heads: int | None) -> str | None:
+def _obstacle(gpus: int, split: Mapping[str, PackedModule], heads: int | None, kv_heads: int | None) -> str | None:
     if heads and heads % gpus:
         return f"{heads} attention heads"
+    if kv_heads and max(kv_heads, gpus) % min(kv_heads, gpus):
+        return f"{kv_heads} heads of keys and values"
     for name, module in split.items():
         width, spec = module.in_features, module.spec
         if width % (gpus * max(spec.group_size, 1)):

@@ -5,7 +5,7 @@ In memory (`make_dense`), and in files, where the model is read tensor by tensor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,13 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, module.dequantized(dtype))
 
 
-def cast(model: nn.Module, old: torch.dtype, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint of `model` would hold, in place, but for tensors that are kept wider than `old`, the model's dtype."""
-    for tensor in model.state_dict(keep_vars=True).values():
+def cast(model: nn.Module, old: torch.dtype, dtype: torch.dtype, kept: Collection[str] = ()) -> None:
+    """Cast what a checkpoint of `model` would hold, in place, but for tensors that are kept wider than `old`, the model's dtype; those
+    named in `kept` to float32.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and tensor.itemsize <= old.itemsize:
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(torch.float32 if name in kept else dtype)
 
 
 def dense_module(module: AwqLinear, dtype: torch.dtype) -> nn.Module:

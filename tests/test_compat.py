@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
@@ -164,6 +164,32 @@ def test_dequantize_to_another_dtype(loaded: torch.dtype, wanted: torch.dtype, q
     assert torch.equal(model.model.rotary_emb.inv_freq, rope)  # which is kept in float32
 
 
+def test_dequantize_keeps_in_float32_what_loading_would(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path
+) -> None:
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)
+    latent = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1, first_k_dense_replace=0)
+    model = random_model(DeepseekV3Config(**sizes, **latent, **experts, max_position_embeddings=128))
+    plain = awq_hf.quantize(model, small_config(samples=2)).dequantize(torch.bfloat16)
+    assert plain.state_dict()["model.layers.0.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {n: t.dtype for n, t in plain.state_dict().items()}
+    assert torch.equal(plain(prompt).logits, loaded(prompt).logits)
+
+
+def test_offloaded_models_are_not_dequantized_and_stay_as_they_are(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
+    devices = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        quantized_dir, device_map={**devices, "model.layers.1": "disk"}, offload_folder=str(tmp_path)
+    )
+    expected = model(prompt).logits
+    with pytest.raises(ValueError, match=r'model\.layers\.1\..* is offloaded; load the model with device_map="cpu"'):
+        model.dequantize()
+    assert torch.equal(model(prompt).logits, expected)
+
+
 def test_dequantize_after_saving(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(quantized_dir)
     expected = model(prompt).logits
@@ -188,6 +214,8 @@ def from_gguf(demo_dir: Path, tmp_path: Path) -> Any:
 def test_what_came_out_of_a_gguf_file_can_be_quantized(demo_dir: Path, prompt: Tensor, tmp_path: Path, caplog: Any) -> None:
     model = from_gguf(demo_dir, tmp_path)
     config = awq_hf.AwqConfig.plain_rounding(samples=2, seq_len=16, tokenizer=demo_dir / "model")
+    with pytest.raises(ValueError, match="'nothing' is in no module's name"):  # which leaves it what it was
+        awq_hf.quantize(model, awq_hf.AwqConfig(modules_to_not_convert=["nothing"]))
     quantized: Any = awq_hf.quantize(model, config, output_dir=tmp_path / "awq")
     assert any("came out of m.gguf" in note for note in quantized.awq_report.notes) and "came out of m.gguf" in caplog.text
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "awq")

@@ -22,6 +22,7 @@ from awq_hf.calibration.stats import Moments
 from awq_hf.expert_block import Tokens, _Statistics
 from awq_hf.experts import AwqExperts, gate_is_linear_in_up
 from awq_hf.inspection import Forecast, inspect
+from awq_hf.preflight import make_plan
 
 SIZES = dict(
     vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -64,6 +65,12 @@ def original(request: pytest.FixtureRequest, random_model: Callable[..., Any]) -
 @pytest.fixture(scope="module")
 def quantized(original: Any, enough: list[Tensor]) -> Any:
     return awq_hf.quantize(copy.deepcopy(original), config_for(enough))
+
+
+def test_the_skip_list_that_is_saved_can_be_quantized_with(original: Any, quantized: Any) -> None:
+    """It calls routers by their names in the files as well."""
+    saved, plain = (make_plan(original, config.recipe()) for config in (quantized.config.quantization_config, config_for([])))
+    assert saved.specs.keys() == plain.specs.keys()
 
 
 def test_experts_are_better_than_plainly_rounded(original: Any, quantized: Any, enough: list[Tensor]) -> None:

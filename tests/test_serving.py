@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 import awq_hf
 from awq_hf.linear import AwqLinear
@@ -36,6 +37,16 @@ def test_groups_have_to_stay_whole_on_every_gpu() -> None:
     none = tensor_parallel(linears(384, QuantSpec(group_size=128)), PLAN, 3)
     assert none == "no tensor parallelism; not 2, 4 or 8: 3 attention heads"
     assert tensor_parallel(linears(), {}, 32) is None  # nobody knows
+
+
+def test_heads_of_keys_and_values_are_dealt_out_evenly() -> None:
+    """Phi-4 has 40 attention heads and 10 of those, and is not served over 4 or 8 GPUs."""
+    config = lambda kv: LlamaConfig(hidden_size=5120, num_attention_heads=40, num_key_value_heads=kv)  # noqa: E731
+    model = lambda kv: SimpleNamespace(tp_plan=PLAN, config=config(kv))  # noqa: E731
+    (said,) = serving(model(10), linears(10240))
+    assert said == "tensor parallelism over 2 GPUs; not 4 or 8: 10 heads of keys and values"
+    for copied_or_dealt_out in (1, 2, 4, 8, 40):
+        assert serving(model(copied_or_dealt_out), linears(10240)) == ["tensor parallelism over 2, 4 or 8 GPUs"]
 
 
 @pytest.mark.parametrize(
