@@ -196,7 +196,7 @@ print(torch.backends.cpu.get_cpu_capability())
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == capability.upper()
+    assert run.stdout.strip() in (capability.upper(), *(["NO AVX"] if capability == "default" else []))  # as torch 2.6 has it
 
 
 REFUSED = [
