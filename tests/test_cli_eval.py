@@ -220,6 +220,12 @@ def test_a_table_at_80_columns() -> None:
     ]
 
 
+def test_the_last_table_may_be_narrow_but_not_the_text_below() -> None:
+    lines = printed([row("models/4bit"), row("models/3bit"), row("models/2bit")], 80).splitlines()
+    below = lines[max(i for i, line in enumerate(lines) if line.startswith("└")) + 1 :]
+    assert len(below) == 3 and below[0].startswith("loss diff.: log of the perplexity") and len(lines[-4]) < 40
+
+
 def test_names_are_cut_to_what_tells_them_apart() -> None:
     assert "runs" not in printed([row("runs/a"), row("runs/b")], 120)
     text = printed([row("runs/1/awq"), row("runs/2/awq")], 120)
