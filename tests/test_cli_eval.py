@@ -127,6 +127,17 @@ def test_texts_that_cannot_be_used(
     assert is_one_error(evaluate(original, "--text", text, "--reference", original), "book.txt", message)
 
 
+def test_a_gptq_checkpoint_needs_gptqmodel(
+    evaluate: Callable[..., Result], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    monkeypatch.setattr(evaluate_command, "find_spec", lambda _name: None)
+    gptq = shutil.copytree(original, tmp_path / "gptq")
+    content = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    content["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (gptq / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    assert is_one_error(evaluate(gptq), "is a GPTQ checkpoint", "pip install gptqmodel")
+
+
 def test_a_model_without_a_tokenizer(evaluate: Callable[..., Result], original: Path, tmp_path: Path, no_weights: None) -> None:
     (tmp_path / "config.json").write_bytes((original / "config.json").read_bytes())
     assert is_one_error(evaluate(original, tmp_path), str(tmp_path), "no tokenizer")
