@@ -152,6 +152,8 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
     whose code comes with it without trust_remote_code.
     """
     name = os.fspath(model)
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a Hub id")
     if Path(name).is_dir():
         if not (Path(name) / load_options.get("subfolder", "") / "config.json").is_file():
             raise ValueError(f"{name} holds no config.json; give the directory of a model as transformers saves it")

@@ -15,6 +15,7 @@ Losses are compared in pairs, token by token: what both models find hard cancels
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq_hf.calibration.checks import FEW
 from awq_hf.calibration.data import Batch, Windows, load_windows
 
 Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
@@ -32,6 +34,8 @@ Source = nn.Module | Callable[[], nn.Module]
 
 CHUNK = 2**21  # logits that are float64 at a time: small enough for a CPU's cache, large enough for a GPU
 REFERENCE = "the reference"
+
+logger = logging.getLogger("awq_hf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,10 @@ def evaluate_many(
     if max_tokens is not None:
         count = max(1, max_tokens // seq_len)
         windows = Windows(windows.input_ids[:count], windows.lengths[:count], windows.source)
+    if max_tokens is None and windows.tokens < FEW:
+        logger.warning(
+            "the text (%s) has only %d tokens; figures of fewer than %d say little: give more", windows.source, windows.tokens, FEW
+        )
     original = None if reference is None else _ready(REFERENCE, reference, windows)
     results = {}
     for name, source in models.items():

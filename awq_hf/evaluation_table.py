@@ -16,8 +16,9 @@ CAPTION = (
 )
 
 
-def tables(rows: list[dict[str, Any]], width: int) -> list[Table]:
+def tables(rows: list[dict[str, Any]], width: int) -> list[Table | Text]:
     """Models are columns, for they are few and their figures many; more of them than `width` characters hold go to further tables.
+    With a reference, what the figures mean comes last.
 
     rows: for every model the fields of Evaluation, "model", "reference" (a name or None), and the sizes of the weights in bytes or
     None: "weights_bytes", "reference_weights_bytes".
@@ -35,9 +36,7 @@ def tables(rows: list[dict[str, Any]], width: int) -> list[Table]:
     parts = [columns[start : start + count] for start in range(0, len(columns), count)]
     found = [_table(part, labels, room // len(part) - 3) for part in parts]
     found[0].title = Text(f"{first['tokens']:,} tokens of {first['text']}", style="table.title")
-    if original is not None:
-        found[-1].caption = CAPTION
-    return found
+    return [*found] if original is None else [*found, Text(CAPTION)]  # a caption of the table's would be as narrow as the last one
 
 
 def rows_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -175,8 +175,8 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
         processor = _processor(model, source)
         if processor is None:
             raise ValueError(
-                f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); pass "
-                "AwqConfig(tokenizer=...), or calibration as a list of token tensors"
+                f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); copy "
+                "the original's there, or pass AwqConfig(tokenizer=...), or calibration as a list of token tensors"
             ) from error
         return processor
 

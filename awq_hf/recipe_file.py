@@ -26,6 +26,7 @@ else:
 
 RECIPE_NAME = "recipe.yaml"
 IN_PYTHON = "(given in Python)"  # stands for what a file cannot hold; a run with it is refused
+HERE = "./"  # before the name of a model that was a directory
 NOT_CHOSEN = {"version", "backend"}  # of AwqConfig's: what a checkpoint says of itself
 ONLY_NAMED = {"calibration": str | None, "tokenizer": str | None}  # in Python also objects
 AS_COMMANDS_SAY = {"symmetric": "zero_point: false", "skip": "modules_to_not_convert", "override": "overrides"}
@@ -140,6 +141,7 @@ def write_recipe(directory: Path, base_model: Mapping[str, Any], config: AwqConf
     chosen |= {name: _portable(chosen[name]) for name in ("calibration", "text", "tokenizer") if name in chosen}
     chosen |= {"model": base_model["name"] or IN_PYTHON, "revision": base_model["revision"]}
     if base_model["local"] and base_model["name"]:
+        chosen["model"] = f"{HERE}{base_model['name']}"  # no id of the Hub
         notes = (*notes, "The model was a directory; if it is not in the one you are in: awq-hf quantize --recipe recipe.yaml MODEL OUT")
     if _is_path(config.calibration):
         notes = (*notes, f"{chosen['calibration']} is needed for that; report.json has the digest of the tokens that were drawn from it.")

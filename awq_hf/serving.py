@@ -18,13 +18,16 @@ GPUS = (2, 4, 8)
 
 
 def serving(model: Any, packed: Mapping[str, PackedModule]) -> list[str]:
-    """Sentences on serving `model` when `packed`, by name, is quantized; none for widths that servers have no kernels for."""
-    if not packed or {module.spec.bits for module in packed.values()} - {4, 8}:
-        return []
+    """Sentences on serving `model` when `packed`, by name, is quantized."""
+    widths = {module.spec.bits for module in packed.values()}
+    if unknown := sorted(widths - {4, 8}):
+        return [f"vLLM has no kernels for {_either(unknown)} bits, only for 4 and 8"]
     text = model.config.get_text_config()
     heads = (getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None))
     split = tensor_parallel(packed, getattr(model, "tp_plan", None) or {}, *(each if isinstance(each, int) else None for each in heads))
-    return ([split] if split else []) + serving_notes(packed)
+    ours = 8 in widths or len({module.spec for module in packed.values()}) > 1
+    export = ["AWQ's format is 4 bits and one group size; vLLM and SGLang read this as compressed-tensors"] if ours else []
+    return export + ([split] if split else []) + serving_notes(packed)
 
 
 def serving_notes(packed: Mapping[str, PackedModule]) -> list[str]:

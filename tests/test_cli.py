@@ -159,6 +159,13 @@ def test_a_model_that_does_not_exist(run: Run, tmp_path: Path) -> None:
     assert is_one_error(run("eval", tmp_path, "--text", tmp_path), "config.json")
 
 
+@pytest.mark.parametrize("command", ["quantize", "inspect", "eval"])
+def test_a_file_that_is_given_as_a_model(command: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    output = [tmp_path / "out"] if command == "quantize" else []
+    assert is_one_error(run(command, tmp_path / "model.gguf", *output), "is a file; give the directory")
+
+
 def test_an_output_directory_that_exists_is_left_alone(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert is_one_error(run("quantize", model, tmp_path), "exists and is not an empty directory")

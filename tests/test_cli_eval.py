@@ -127,6 +127,17 @@ def test_texts_that_cannot_be_used(
     assert is_one_error(evaluate(original, "--text", text, "--reference", original), "book.txt", message)
 
 
+def test_a_gptq_checkpoint_needs_gptqmodel(
+    evaluate: Callable[..., Result], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    monkeypatch.setattr(evaluate_command, "find_spec", lambda _name: None)
+    gptq = shutil.copytree(original, tmp_path / "gptq")
+    content = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    content["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (gptq / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    assert is_one_error(evaluate(gptq), "is a GPTQ checkpoint", "pip install gptqmodel")
+
+
 def test_a_model_without_a_tokenizer(evaluate: Callable[..., Result], original: Path, tmp_path: Path, no_weights: None) -> None:
     (tmp_path / "config.json").write_bytes((original / "config.json").read_bytes())
     assert is_one_error(evaluate(original, tmp_path), str(tmp_path), "no tokenizer")
@@ -218,6 +229,12 @@ def test_a_table_at_80_columns() -> None:
         "│ MB on disk │                     │           1,234.57 │         1,234.57 │",
         "└────────────┴─────────────────────┴────────────────────┴──────────────────┘",
     ]
+
+
+def test_the_last_table_may_be_narrow_but_not_the_text_below() -> None:
+    lines = printed([row("models/4bit"), row("models/3bit"), row("models/2bit")], 80).splitlines()
+    below = lines[max(i for i, line in enumerate(lines) if line.startswith("└")) + 1 :]
+    assert len(below) == 3 and below[0].startswith("loss diff.: log of the perplexity") and len(lines[-4]) < 40
 
 
 def test_names_are_cut_to_what_tells_them_apart() -> None:

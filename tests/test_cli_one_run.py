@@ -87,7 +87,7 @@ def test_all_in_one_run(
     places = [result.out.index(part) for part in order]
     assert places == sorted(places) and "https://hub/me/model-AWQ" in result.out and "plain rounding" in result.out
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    expected = {"model": "model", "device": "cpu", "text": "held out.txt", "base_model": "me/model", "samples": 2, "seq_len": 32}
+    expected = {"model": "./model", "device": "cpu", "text": "held out.txt", "base_model": "me/model", "samples": 2, "seq_len": 32}
     assert recipe == {**expected, "export": ["gguf", "gguf:Q8_0", "gptq", "dense:float16"], "rounding": "nearest"}
 
 

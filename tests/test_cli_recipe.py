@@ -36,7 +36,7 @@ def test_a_recipe_repeats_the_run(run: Run, model: Path, demo_dir: Path, tmp_pat
     calibration = ["--calibration", demo_dir / "calibration.txt", "--seed", 5, "--samples", 4, "--seq-len", 32]
     assert run("quantize", model, first, *options, *calibration, "--dtype", "float32", "--export", "gptq").status == 0
     recipe = yaml.safe_load((first / "recipe.yaml").read_text())
-    expected = {"model": "model", "dtype": "float32", "export": ["gptq"], "bits": 3, "group_size": 64, "zero_point": False}
+    expected = {"model": "./model", "dtype": "float32", "export": ["gptq"], "bits": 3, "group_size": 64, "zero_point": False}
     overrides = {"down_proj": {"bits": 8}, "layers.0": None}
     expected |= {"modules_to_not_convert": ["o_proj"], "overrides": overrides, "calibration": "calibration.txt"}
     assert recipe == {**expected, "samples": 4, "seq_len": 32, "seed": 5}
@@ -77,4 +77,6 @@ def test_recipes_that_lack_what_is_needed(run: Run, no_work: None, model: Path, 
     assert run("quantize", "--recipe", recipe).status == 2
     recipe.write_text(f'model = "{model}"\nbit = 3\n')
     assert run("quantize", "--recipe", recipe, tmp_path / "out").refused("no option 'bit'; did you mean bits?")
+    recipe.write_text('model = "./elsewhere"\n')  # a directory, which is not asked of the Hub
+    assert run("quantize", "--recipe", recipe, tmp_path / "out").refused("a directory ./elsewhere, which is not here; give it")
     assert run("quantize", "--recipe", tmp_path / "none.yaml", model, tmp_path / "out").refused("there is no recipe")

@@ -268,3 +268,12 @@ def test_dropout_is_off_and_modes_are_given_back(models: tuple[Any, Any], tokens
     reference.model.norm.eval()
     assert awq_hf.evaluate(models[0], reference, tokens, seq_len=SEQ_LEN) == usual
     assert reference.training and reference.lm_head[0].training and not reference.model.norm.training
+
+
+def test_a_text_that_says_little_is_said(models: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    few = [torch.arange(3, 40)]
+    awq_hf.evaluate(*models, few, seq_len=SEQ_LEN)
+    assert "has only 37 tokens" in caplog.text
+    caplog.clear()
+    awq_hf.evaluate(*models, few, seq_len=SEQ_LEN, max_tokens=SEQ_LEN)  # as was asked
+    assert "has only" not in caplog.text

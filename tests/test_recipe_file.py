@@ -35,7 +35,7 @@ def test_options_are_those_of_the_config_and_of_a_run() -> None:
 
 
 def test_what_is_the_default_is_not_written(tmp_path: Path) -> None:
-    assert written(tmp_path, AwqConfig()) == {"model": "model"}
+    assert written(tmp_path, AwqConfig()) == {"model": "./model"}
     assert [path.name for path in tmp_path.iterdir()] == [RECIPE_NAME]
 
 
@@ -69,7 +69,7 @@ def test_paths_of_this_machine_are_not_written(tmp_path: Path, monkeypatch: pyte
     (secret / "notes.txt").write_text("text")
     config = AwqConfig(calibration=secret / "notes.txt", tokenizer=str(secret))
     content = written(tmp_path, config, Run(text=str(secret / "gone.txt")))
-    assert content == {"model": "model", "text": "gone.txt", "calibration": "notes.txt", "tokenizer": "secret"}
+    assert content == {"model": "./model", "text": "gone.txt", "calibration": "notes.txt", "tokenizer": "secret"}
     comment = (tmp_path / RECIPE_NAME).read_text().partition("model:")[0]
     assert "notes.txt is needed" in comment and str(tmp_path) not in comment and "directory" in comment
     monkeypatch.chdir(secret)
@@ -134,5 +134,5 @@ def test_quantize_writes_it(llama_dir: Path, small_config: Callable[..., Any], t
     awq_hf.quantize(llama_dir, config, output_dir=tmp_path / "out", dtype=torch.float32, device_map="cpu", attn_implementation="eager")
     text = (tmp_path / "out" / RECIPE_NAME).read_text(encoding="utf-8")
     assert "attn_implementation" in text.partition("model:")[0]
-    content = {"model": "float", "dtype": "float32", "device": "cpu", "bits": 8, "group_size": 32, "calibration": IN_PYTHON}
+    content = {"model": "./float", "dtype": "float32", "device": "cpu", "bits": 8, "group_size": 32, "calibration": IN_PYTHON}
     assert yaml.safe_load(text) == {**content, "samples": 2, "seq_len": 48, "rounding": "nearest"}

@@ -74,9 +74,15 @@ def test_what_is_loaded_as_one_has_to_be_stored_alike() -> None:
     assert serving_notes(linears(512, gate_proj=QuantSpec(), up_proj=QuantSpec())) == []
 
 
-def test_nothing_is_said_of_widths_that_servers_do_not_know() -> None:
+def test_widths_that_servers_do_not_read_are_said() -> None:
     model = SimpleNamespace(tp_plan=PLAN, config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_attention_heads=8)))
-    assert serving(model, linears(512, QuantSpec(bits=3))) == [] and serving(model, {}) == []
+    assert serving(model, {}) == []
+    assert serving(model, linears(512, QuantSpec(bits=3))) == ["vLLM has no kernels for 3 bits, only for 4 and 8"]
+    assert serving(model, linears(512, other=QuantSpec(bits=2))) == ["vLLM has no kernels for 2 bits, only for 4 and 8"]
+    for other in (QuantSpec(bits=8), QuantSpec(group_size=64)):
+        assert serving(model, linears(512, other=other))[0] == (
+            "AWQ's format is 4 bits and one group size; vLLM and SGLang read this as compressed-tensors"
+        )
     assert serving(model, linears(512)) == ["tensor parallelism over 2 or 4 GPUs; not 8: the 512 inputs of model.layers.0.mlp.down_proj do "
         "not fall into 8 parts of whole groups of 128; groups of 32 or 64 would"]  # fmt: skip
 

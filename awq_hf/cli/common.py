@@ -132,6 +132,8 @@ def check_dtype(dtype: str) -> str:
 
 def located(name: str) -> tuple[str, dict[str, Any]]:
     """A model's name and where it is, of owner/name@revision; a directory is its own."""
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a Hub id")
     if Path(name).is_dir() or "@" not in name:
         return name, {}
     name, _, revision = name.partition("@")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,11 @@ def _compared(models: list[str], reference: str | None, text: Path | None, optio
     def load(given: str) -> Any:
         name, location = located(given)
         trusted = options["trust_remote_code"]
-        kind = class_for(read_config(name, trusted, **location), trusted)
+        config = read_config(name, trusted, **location)
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method == "gptq" and find_spec("gptqmodel") is None:  # transformers says: name 'QuantizeConfig' is not defined
+            raise ValueError(f"{given} is a GPTQ checkpoint, which transformers reads with gptqmodel; pip install gptqmodel")
+        kind = class_for(config, trusted)
         return kind.from_pretrained(name, **location, **options)
 
     results = awq_hf.evaluate_many(

@@ -131,13 +131,13 @@ class _OneRun:
 
     def __init__(self, given: dict[str, Any], as_json: bool) -> None:
         from awq_hf.config import AwqConfig
-        from awq_hf.recipe_file import OF_RUN, OPTIONS, Run, read_recipe
+        from awq_hf.recipe_file import HERE, OF_RUN, OPTIONS, Run, read_recipe
 
         file, self.resume = given.pop("recipe", None), given.pop("resume", False)
         read = {} if file is None else read_recipe(file)
         if "out" not in given and "model" in read and "model" in given:  # awq-hf quantize --recipe FILE OUT
             given["out"] = given.pop("model")
-        if given.get("model", read.get("model")) != read.get("model") and Path(str(given.get("model"))).name != read.get("model"):
+        if "model" in given and read.get("model") not in (str(given["model"]), f"{HERE}{Path(str(given['model'])).name}"):
             for about_it in ("revision", "base_model", "trust_remote_code"):  # are of the recipe's model, not of another
                 read.pop(about_it, None)
         if read.get("trust_remote_code") and not given.get("trust_remote_code"):
@@ -146,6 +146,11 @@ class _OneRun:
         if "out" not in given or options.get("model") is None:
             raise typer.BadParameter(
                 "give MODEL and OUT; MODEL may come from a recipe" if file is None else "give MODEL, which is not in the recipe, and OUT"
+            )
+        if "model" not in given and str(options["model"]).startswith(HERE) and not Path(options["model"]).is_dir():
+            raise ValueError(
+                f"{file} was made from a directory {options['model']}, which is not here; give it: "
+                f"awq-hf quantize --recipe {file} MODEL {given['out']}"
             )
         self.out, self.as_json = Path(given["out"]), as_json
         self.run = Run(**{name: options[name] for name in OF_RUN if name in options})

@@ -189,7 +189,7 @@ def test_a_processor(given: str, model: Any, demo_dir: Path, tmp_path: Path, mon
     found = prepared(model, tokenizer=passed, **options)
     assert found.sha256() == prepared(model, tokenizer=tokenizer, **options).sha256()
     for source in (demo_dir / "model", tmp_path / "nothing"):  # a tokenizer that poses as a processor; nothing at all
-        with pytest.raises(ValueError, match=f"no tokenizer was found at '{source}' .*no tokenizer.json.; pass AwqConfig"):
+        with pytest.raises(ValueError, match=f"no tokenizer was found at '{source}' .*no tokenizer.json.; copy the original"):
             prepared(model, tokenizer=source, **options)
 
 
