@@ -121,7 +121,7 @@ def test_a_recipe_alone_runs_no_code(run: Run, own: Path, tmp_path: Path, monkey
         (own / name).write_text((own / name).read_text() + "# changed\n")
     assert code_ran()
     refused = run("quantize", "--recipe", recipe, tmp_path / "second")
-    assert refused.status == 1 and "ran code that comes with own" in refused.err and "say --trust-remote-code" in refused.err
+    assert refused.status == 1 and "ran code that comes with ./own" in refused.err and "say --trust-remote-code" in refused.err
     assert not code_ran()
     assert run("quantize", "--recipe", recipe, tmp_path / "second", "--trust-remote-code").status == 0 and code_ran()
     assert (tmp_path / "second" / "recipe.yaml").read_text() == text
