@@ -33,13 +33,13 @@ class OnGpu(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGpu:
         assert held.device.type == "cpu"
-        shown = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        shown = Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, layout=held.layout, device=GPU,
         )  # fmt: skip
         shown.held = held
         return shown
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnGpu({self.held!r})"
 
     @classmethod
@@ -50,7 +50,7 @@ class OnGpu(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _compute(func, args, kwargs or {})
 
 

@@ -81,7 +81,7 @@ def test_loading_brings_weights_into_the_layout_of_the_gpus_kernels_and_back(
 
 def test_measuring(gpu: torch.device, llama_dir: Path, quantized_dir: Path) -> None:
     model, reference = (AutoModelForCausalLM.from_pretrained(path, device_map=gpu) for path in (quantized_dir, llama_dir))
-    text = torch.randint(3, 96, (600,), generator=torch.Generator().manual_seed(5))
+    text = [torch.randint(3, 96, (600,), generator=torch.Generator().manual_seed(5))]
     found = awq_hf.evaluate(model, reference, text, seq_len=64)
     model, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (quantized_dir, llama_dir))
     assert found.to_dict()["kl"] == pytest.approx(awq_hf.evaluate(model, reference, text, seq_len=64).to_dict()["kl"], rel=1e-4)
