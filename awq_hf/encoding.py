@@ -27,7 +27,7 @@ from awq_hf.exporters.gguf.encode import encode as encode_rows
 from awq_hf.exporters.gguf.ggml import row_bytes
 from awq_hf.matrices import as_kind, shape_of
 from awq_hf.pipeline import Progress, run
-from awq_hf.preflight import Plan, check_weights
+from awq_hf.preflight import Plan
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.rounding.descent import codes_by_descent
@@ -96,7 +96,6 @@ def encode_model(
     plan = Plan({name: PROXIES.get(kind, PROXY) for name, kind in kinds.items() if name.startswith(f"{prefix}.")}, {})
     for name in plan.specs:
         _check_width(name, shape_of(model.get_submodule(name))[1], kinds[name])
-    check_weights(model, plan)
     result = Encoded()
 
     def make_work(name: str, *rest: Any) -> EncodingWork:

@@ -29,6 +29,7 @@ from awq_hf.prepare import prepare_kernels
 from awq_hf.recipe import Recipe
 from awq_hf.serving import serving_notes
 from awq_hf.skip_list import caveats, skip_list
+from awq_hf.streaming import InFiles, Placement, default_device
 
 logger = logging.getLogger("awq_hf")
 
@@ -44,15 +45,23 @@ class AwqHfQuantizer(HfQuantizer):
         self.windows: Windows | None = None
         self.recipe: Recipe | None = None
         self.loading: Loading | None = None  # of a quantized checkpoint, between the two hooks
+        self.placement: Placement | None = None  # of from_pretrained, which loads by it
+        self.source: InFiles | None = None  # of weights that are loaded block by block
 
     def update_device_map(self, device_map: Any) -> Any:
-        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if not self.pre_quantized and (len(devices) > 1 or "disk" in devices):
+        """Of a model that is to be quantized, a map of one device, which stays ours: loading looks into it again and again."""
+        if self.pre_quantized:
+            return device_map
+        if not isinstance(device_map, dict):
+            device_map = {"": torch.device("cpu") if device_map is None else default_device()}  # "auto", or another way to spread
+        devices = set(device_map.values())
+        if len(devices) > 1 or "disk" in devices:
             raise ValueError(
                 f"device_map spreads the model over {sorted(map(str, devices))}; it is quantized on one device: "
                 'use device_map="cpu" or device_map=0'
             )
-        return device_map
+        self.placement = {"": devices.pop()}
+        return self.placement
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
@@ -72,6 +81,8 @@ class AwqHfQuantizer(HfQuantizer):
             check_float_keys(model, info)
 
         compat.when_loaded(model, loaded)
+        if self.placement is not None and files and all(file.endswith(".safetensors") for file in files):
+            self.source = InFiles(model, files, self.placement)
 
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""
@@ -89,8 +100,9 @@ class AwqHfQuantizer(HfQuantizer):
             compat.after_saving(model, _complete, _push)
             return model
         assert self.windows is not None and self.recipe is not None
-        self.update_device_map(getattr(model, "hf_device_map", None))  # what device_map="auto" came to
-        report = quantize_model(model, self.recipe, self.windows, compat.progress_bar, self.quantization_config.keep_in)
+        keep_in = self.quantization_config.keep_in
+        report = quantize_model(model, self.recipe, self.windows, compat.progress_bar, keep_in, self.source)
+        self.source = None
         report.base_model = base_model.describe(model.config.name_or_path or "", getattr(model.config, "_commit_hash", None))
         quantized, left = [layer.name for layer in report.layers], list(report.left_in_float)
         if any(isinstance(module, AwqExperts) for module in model.modules()):
@@ -118,6 +130,8 @@ class AwqHfQuantizer(HfQuantizer):
         transformers passes the model from 5.21 on.
         """
         conversions = super().update_weight_conversions(weight_conversions, *model)
+        if self.source is not None:
+            self.source.conversions = conversions
         return [*conversions, *renaming.packed_conversions(conversions)] if self.pre_quantized else conversions
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -14,15 +14,16 @@ from torch import nn
 from awq_hf import unfinished
 from awq_hf.block import BlockWork
 from awq_hf.blocks import find_blocks
-from awq_hf.calibration.data import Windows
+from awq_hf.calibration.data import Batch, Windows
 from awq_hf.calibration.stream import BlockStream, calling_order
 from awq_hf.freed import give_back
 from awq_hf.machine import machine, versions
 from awq_hf.parallel import one_thread_each
-from awq_hf.preflight import Plan, check_calls, check_weights, make_plan
+from awq_hf.preflight import Plan, check_calls, check_in_memory, check_weights, make_plan
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 from awq_hf.resume import KeptBlocks, digest_of, run_again
+from awq_hf.streaming import InMemory
 
 PROBE_TOKENS = 96  # of the first window: enough for every ReLU channel of a small block to wake up
 LARGE = 1 << 22  # weights of a block; what a smaller one leaves behind costs more time to be given back than it is worth
@@ -32,18 +33,23 @@ MakeWork = Callable[..., BlockWork]  # takes BlockWork's arguments
 
 
 def quantize_model(
-    model: nn.Module, recipe: Recipe, windows: Windows, progress: Progress | None = None, keep_in: Path | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    windows: Windows,
+    progress: Progress | None = None,
+    keep_in: Path | None = None,
+    source: InMemory | None = None,
 ) -> Report:
     """Replace the Linears of the model's decoder blocks by AwqLinear, in place; returns what happened to each.
 
     windows: calibration windows, already sampled. keep_in: a directory for finished blocks; those of an earlier run are taken from there,
-    and it stays (awq_hf/resume.py). Raises ValueError before any work when a layer's shape does not fit, or
-    weights are not in memory.
+    and it stays (awq_hf/resume.py). source: where the blocks' weights are, if they are not in memory. Raises ValueError before any work
+    when a layer's shape does not fit, or weights are missing or damaged.
     """
     plan = make_plan(model, recipe)
-    check_weights(model, plan)
     about = {"recipe": recipe.to_dict(), "calibration": _describe(windows), "versions": versions(), "model": type(model).__name__}
-    return run(model, recipe, plan, windows, progress, kept=None if keep_in is None else KeptBlocks(keep_in, about))
+    kept = None if keep_in is None else KeptBlocks(keep_in, about)
+    return run(model, recipe, plan, windows, progress, kept=kept, source=source)
 
 
 def run(
@@ -54,6 +60,7 @@ def run(
     progress: Progress | None,
     make_work: MakeWork = BlockWork,
     kept: KeptBlocks | None = None,
+    source: InMemory | None = None,
 ) -> Report:
     """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block.
 
@@ -67,7 +74,7 @@ def run(
     model.eval()
     try:
         with one_thread_each():
-            _run_blocks(model, recipe, plan, windows, report, progress, make_work, kept)
+            _run_blocks(model, recipe, plan, windows, report, progress, make_work, kept, source or InMemory())
     finally:
         model.train(was_training)
     report.notes += _few_tokens(report)
@@ -84,17 +91,19 @@ def _run_blocks(
     progress: Progress | None,
     make_work: MakeWork,
     kept: KeptBlocks | None,
+    source: InMemory,
 ) -> None:
     prefix, blocks = find_blocks(model)
     batches = windows.batches(recipe.batch_size)
     probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
-    check_calls(calling_order(model, blocks, probe_batch[0]), prefix, blocks)
+    _look_through(model, plan, prefix, blocks, probe_batch[0], source)
     probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
     quantized_stream = float_stream.fork()
     known_folds: dict[Any, Any] = {}
     unfinished.begin(model)
     bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
     for index in bar:
+        source.load(index)
         digest = "" if kept is None else digest_of(blocks[index])
         work = make_work(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report, plan.experts)
         with report.timed("fold discovery"):
@@ -118,6 +127,17 @@ def _run_blocks(
         if sum(layer.experts * layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE:
             del work  # with what it captured
             give_back()
+
+
+def _look_through(model: nn.Module, plan: Plan, prefix: str, blocks: nn.ModuleList, batch: Batch, source: InMemory) -> None:
+    """Run the float model once, and raise ValueError for what would end the work in its middle: weights, or the order of its blocks."""
+
+    def begin(index: int) -> None:
+        source.load(index)
+        check_weights(model, plan, f"{prefix}.{index}")
+
+    check_in_memory(model, source.later)
+    check_calls(calling_order(model, blocks, batch, begin, source.unload), prefix, blocks)
 
 
 def _few_tokens(report: Report) -> list[str]:

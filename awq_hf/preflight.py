@@ -249,16 +249,23 @@ def check_calls(order: list[int], prefix: str, blocks: nn.ModuleList) -> None:
         raise ValueError(f"the model calls its blocks {prefix} in the order {order}; only first to last can be quantized")
 
 
-def check_weights(model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError when weights were not loaded (disk offload leaves them on the meta device), or are not finite or all zero."""
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+def check_in_memory(model: nn.Module, later: str | None) -> None:
+    """Raise ValueError when weights were not loaded (disk offload leaves them on the meta device). later: the module whose are loaded in
+    their turn."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and not name.startswith(f"{later}.")]
     if missing:
         raise ValueError(
             f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
             'load on one device, e.g. device_map="cpu" or device_map=0'
         )
+
+
+def check_weights(model: nn.Module, plan: Plan, inside: str) -> None:
+    """Raise ValueError when weights of the module `inside` that are to be quantized are not finite or all zero."""
     names = [f"{name}.weight" for name in plan.specs] + [f"{name}.{parameter}" for name in plan.experts for parameter in FUSED]
     for name in names:
+        if not name.startswith(f"{inside}."):
+            continue
         weight = model.get_parameter(name)
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")

@@ -4,7 +4,7 @@ experts that are fused. What is not its documented interface, like everything in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -155,13 +155,13 @@ def quantized_on_disk(model: Any) -> list[str]:
 Resolve = Callable[[str, Mapping[str, Any]], tuple[str, Conversion | None]]
 
 
-def resolver(model: Any) -> Resolve:
+def resolver(model: Any, transforms: Sequence[Any] | None = None) -> Resolve:
     """resolve(name in a checkpoint, parameters of the model by name) -> (the model's name, what converts it on the way, or None).
 
-    This is the loader's own renaming: the architecture's patterns, and the base model's prefix added or dropped; only a key_mapping
-    given to from_pretrained is not seen.
+    This is the loader's own renaming: the architecture's patterns, and the base model's prefix added or dropped.
+    transforms: what the loader applied; None: the architecture's, which only a key_mapping given to from_pretrained adds to.
     """
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model) if transforms is None else transforms
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     conversions = {

@@ -34,13 +34,9 @@ class KeptBlocks:
     def __init__(self, directory: Path, run: dict[str, Any]) -> None:
         """run: all that the result depends on but the weights. Raises ValueError for a directory that another run's blocks are in."""
         self.directory = directory
-        run = json.loads(json.dumps(run))
+        self.run = run = json.loads(json.dumps(run))
         file = directory / RUN
         if not file.is_file():
-            directory.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-            partial.replace(file)
             return
         try:
             other = json.loads(file.read_text(encoding="utf-8"))
@@ -55,10 +51,20 @@ class KeptBlocks:
 
     def save(self, index: int, digest: str, work: BlockWork, report: Report) -> None:
         """Keep a block that is rounded, but not yet replaced. digest: of what it was."""
+        self._begin()
         file = self._file(index)
         partial = file.with_suffix(".partial")
         save_file(_state(work), partial, metadata={"digest": digest, "report": json.dumps(report.to_dict())})
         partial.replace(file)
+
+    def _begin(self) -> None:
+        """Write what run the directory is of, which nothing is written into before there is a block to keep."""
+        file = self.directory / RUN
+        if not file.is_file():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
+            partial.replace(file)
 
     def restore(self, index: int, digest: str, work: BlockWork, report: Report) -> bool:
         """Bring a block, and the report, to where they were when it was saved; False if it is not there.

@@ -3,8 +3,8 @@
 python -m benchmarks.memory                     a random Llama of 1B shape, 4 of its 16 blocks, 32 x 512 tokens
 python -m benchmarks.memory --blocks 16         all of it
 
-The model is written to a temporary directory first and loaded in a process of its own, whose memory is sampled. "Above the model" is the
-peak of a phase less what the loaded float model takes.
+The model is written to a temporary directory first and loaded in a process of its own, whose memory is sampled. "Above Python" is the
+peak of a phase less what Python and the libraries take.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def main() -> None:
         del model
         command = [sys.executable, "-m", "benchmarks.memory", "--child", directory, "--windows", str(options.windows)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    floor = found["start"] + size
+    floor = found["start"]
     rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}, {"part": "python and libraries", "MB": found["start"] / 1e6}]
-    rows += [{"part": f"above the model: {name}", "MB": max(0, peak - floor) / 1e6} for name, peak in found["peaks"].items()]
+    rows += [{"part": f"above Python: {name}", "MB": max(0, peak - floor) / 1e6} for name, peak in found["peaks"].items()]
     rows += [{"part": f"computed: {name}", "MB": value / 1e6} for name, value in terms(config, options.windows).items()]
     rows += [{"part": "quantized model, at the end", "MB": (found["end"] - found["start"]) / 1e6}]
     title = f"memory of quantizing {options.blocks} blocks of 1B shape, {options.windows} x {SEQ_LEN} tokens"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.blocks import matrices_of
-from awq_hf.preflight import OUTSIDE, SKIPPED, check_calls, check_weights, make_plan
+from awq_hf.preflight import OUTSIDE, SKIPPED, check_calls, check_in_memory, check_weights, make_plan
 from awq_hf.recipe import Recipe
 from awq_hf.spec import QuantSpec
 
@@ -102,10 +102,13 @@ def test_nothing_left_to_quantize_is_refused() -> None:
 
 def test_weights_that_were_not_loaded_are_refused_by_name() -> None:
     model = model_of(block())
-    check_weights(model, make_plan(model, recipe()))
+    check_in_memory(model, None)
     model.layers[0].attn.q_proj.to("meta")  # type: ignore[index, union-attr]
     with pytest.raises(ValueError, match=r"2 weights are not in memory \(the first is layers.0.attn.q_proj.weight\).*device_map"):
-        check_weights(model, make_plan(model, recipe()))
+        check_in_memory(model, None)
+    check_in_memory(model, "layers")
+    with pytest.raises(ValueError, match="2 weights are not in memory"):
+        check_in_memory(model, "layer")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -114,8 +117,9 @@ def test_weights_that_are_not_finite_are_named(value: float) -> None:
     linear = model.get_submodule("layers.1.mlp.0")
     linear.get_parameter("weight").data[3, 5] = value
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.0\.weight holds NaN or infinity"):
-        check_weights(model, make_plan(model, recipe()))
-    check_weights(model, make_plan(model, recipe(skip=("layers.1.mlp.0",))))
+        check_weights(model, make_plan(model, recipe()), "layers.1")
+    check_weights(model, make_plan(model, recipe()), "layers.0")
+    check_weights(model, make_plan(model, recipe(skip=("layers.1.mlp.0",))), "layers.1")
 
 
 def test_what_stays_float_is_named_with_its_reason() -> None:

@@ -96,7 +96,7 @@ def _carry_on(call: Call, before: Call) -> None:
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The model's arguments for a batch. Encoders know no cache."""
-    device = next(p.device for p in model.parameters())
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device),
         "attention_mask": None if batch.mask is None else batch.mask.to(device),
@@ -108,10 +108,18 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def calling_order(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> list[int]:
-    """The numbers of the blocks in the order in which the model calls them."""
+def calling_order(
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, begins: Callable[[int], None], ends: Callable[[int], None]
+) -> list[int]:
+    """The numbers of the blocks in the order in which the model calls them. begins, ends: called before and after each, with its number."""
     order: list[int] = []
-    handles = [block.register_forward_pre_hook(lambda *_, index=index: order.append(index)) for index, block in enumerate(blocks)]
+
+    def begin(index: int) -> None:
+        order.append(index)
+        begins(index)
+
+    handles = [block.register_forward_pre_hook(lambda *_, index=index: begin(index)) for index, block in enumerate(blocks)]
+    handles += [block.register_forward_hook(lambda *_, index=index: ends(index)) for index, block in enumerate(blocks)]
     try:
         model(**model_inputs(model, batch))
     finally:

@@ -61,12 +61,10 @@ class BlockCost:
 # Memory
 
 
-def peak_memory(
-    blocks: Iterable[BlockCost], recipe: Recipe, device: str, model_bytes: int, packed_bytes: int, hidden: int, itemsize: int
-) -> dict[str, int]:
+def peak_memory(blocks: Iterable[BlockCost], recipe: Recipe, device: str, result_bytes: int, hidden: int, itemsize: int) -> dict[str, int]:
     """Bytes at the peak, by what they are for. hidden: width of the hidden states; itemsize: of the model's dtype.
 
-    model_bytes: of the float model; packed_bytes: of the integers that take the place of its matrices.
+    result_bytes: of the quantized model, which is there in the end, with what stays float of it.
     """
     blocks = list(blocks)
     threads, tokens = _threads(device), recipe.samples * recipe.seq_len
@@ -81,9 +79,9 @@ def peak_memory(
         "statistics and rounding": max(max([4 * b.parameters, *(_rounding(g, recipe, rows) for g in b.groups)]) for b in blocks),
     }
     return {
-        "model": model_bytes,
-        # On the CPU weights are pages of the file, which stay until the last of them has been replaced.
-        "quantized weights": 0 if threads is None else packed_bytes,
+        "quantized model": result_bytes,
+        # The others are in their files, or quantized already (awq_hf/streaming.py).
+        "float weights of one block": max(b.parameters for b in blocks) * itemsize,
         **working,
         "freed, but not given back": int(FRAGMENTS * sum(working.values())) + (0 if threads is None else GLIBC),
     }

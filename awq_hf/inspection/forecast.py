@@ -120,8 +120,8 @@ def forecast(source: Source, config: AwqConfig, dtype: str, device: str, progres
     memory, seconds = {}, None
     if model.packed:
         work = _block_costs(model, getattr(text, "num_experts_per_tok", None) or math.inf)
-        packed = sum(map(_bytes, model.packed.values()))
-        memory = program | costs.peak_memory(work, recipe, device, _bytes(empty), packed, text.hidden_size, chosen.itemsize)
+        result = sum(_result_bytes(model).values())
+        memory = program | costs.peak_memory(work, recipe, device, result, text.hidden_size, chosen.itemsize)
         seconds = costs.estimated_seconds(work, recipe, device, chosen)
     return Forecast(
         model=source.name,

@@ -108,8 +108,8 @@ def _result(found: Forecast) -> list[str]:
     if not found.probed:
         lines.append("Without the weights they are rougher: every Linear counts as having its own input.")
     if found.fits is False:
-        alone = found.memory["model"] > (found.memory_free or 0)
-        remedy = "The model alone is larger." if alone else "Fewer --samples or a shorter --seq-len take less."
+        alone = found.memory["quantized model"] > (found.memory_free or 0)
+        remedy = "The quantized model alone is larger." if alone else "Fewer --samples or a shorter --seq-len take less."
         lines += ["", f"WARNING: this will not fit in the memory that is free on {found.device}. {remedy}"]
     return lines
 

@@ -1,0 +1,122 @@
+"""Float weights of the blocks that stay in the checkpoint's files until their turn: a model is quantized in the memory of its quantized
+form and one block.
+
+from_pretrained is led to put the blocks' tensors on the meta device: names, shapes and conversions are checked as always, and nothing of
+them is read. Each block is then loaded by transformers' own loader when it is needed. What is not its documented interface, like
+everything in compat.py, is in this file.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from awq_hf.blocks import find_blocks
+from awq_hf.renaming import resolver
+
+Placement = dict[str, Any]  # a device_map
+
+
+class InMemory:
+    """Where the blocks' weights are: of a model whose are all there. later: the module whose are not, until `load`."""
+
+    later: str | None = None
+
+    def load(self, index: int) -> None:
+        """Have the weights of block `index` in memory."""
+
+    def unload(self, index: int) -> None:
+        """Undo `load`, for a block that has not been changed."""
+
+
+class InFiles(InMemory):
+    """Of a model whose blocks are in safetensors files, until each is loaded."""
+
+    def __init__(self, model: Any, files: Iterable[str], placement: Placement) -> None:
+        """To be made in from_pretrained, before weights are loaded. placement: the device_map that it loads by, of one device, which the
+        blocks are taken out of for that time."""
+        self.model, self.device = model, dict(placement)
+        self.prefix, self.blocks = find_blocks(model)
+        self.later = self.prefix
+        self.files = list(files)
+        self.conversions: Sequence[Any] = []  # of names and tensors, that the loader applies
+        self._keys: list[dict[str, str]] | None = None
+        self._empty: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+        placement[f"{self.prefix}."] = "meta"
+        _when_read(model, lambda: placement.pop(f"{self.prefix}."))
+
+    def load(self, index: int) -> None:
+        self._empty[index] = list(_on_meta(self.blocks[index]))
+        used = self.model._weight_conversions  # by the whole checkpoint; saving reverts them
+        with ExitStack() as opened, _quietly():
+            files = {path: opened.enter_context(safe_open(path, framework="pt", backend="pread")) for path in set(self._of(index).values())}
+            state = {name: files[path].get_slice(name) for name, path in self._of(index).items()}
+            config = LoadStateDictConfig(device_map=self.device, weight_mapping=list(self.conversions))
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+        self.model._weight_conversions = used
+        if missing := [f"{self.prefix}.{index}.{name}" for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]:
+            raise RuntimeError(f"{missing[0]} could not be loaded from its file: {info.conversion_errors or info.mismatched_keys}")
+
+    def unload(self, index: int) -> None:
+        for module, name, tensor in self._empty.pop(index):
+            setattr(module, name, tensor)
+
+    def _of(self, index: int) -> dict[str, str]:
+        """The tensors of a block, by their names in the checkpoint -> the file that each is in."""
+        if self._keys is None:
+            self._keys = [{} for _ in self.blocks]
+            resolve, known = resolver(self.model, self.conversions), self.model.state_dict()
+            for path in self.files:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118  (not a dict)
+                        target, _ = resolve(name, known)
+                        if target in known and target.startswith(f"{self.prefix}."):
+                            self._keys[int(target[len(self.prefix) + 1 :].partition(".")[0])][name] = path
+        return self._keys[index]
+
+
+def _on_meta(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(Module, name in it, tensor) of all that is not in memory."""
+    for module in block.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_meta:
+                yield module, name, tensor
+
+
+def _when_read(model: Any, action: Any) -> None:
+    """Have from_pretrained call `action` when it has read the files, before it makes what was not in them.
+
+    The first step of that is a method of the model; one bound to the instance takes its place, once.
+    """
+
+    def mark(self: Any, loading_info: Any) -> None:
+        del self.__dict__["mark_tied_weights_as_initialized"]
+        action()
+        self.mark_tied_weights_as_initialized(loading_info)
+
+    model.mark_tied_weights_as_initialized = types.MethodType(mark, model)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the loader's progress bar, which is for a whole model."""
+    shown, logging._tqdm_active = logging._tqdm_active, False  # its functions for that speak for huggingface_hub as well
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
+
+
+def default_device() -> torch.device:
+    """What device_map="auto" comes to for a model that is quantized: the first accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
