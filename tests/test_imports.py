@@ -57,7 +57,7 @@ ALLOWED = {
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "beside unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint "
-    "preflight skip_list serving pipeline prepare compat renaming config",
+    "preflight skip_list serving pipeline prepare compat renaming config output",
     "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat renaming report",
     "output": "",
     "recipe_file": "config",
