@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
 from awq_hf.experts import AwqExperts, holds_experts
-from awq_hf.exporters.dense import cast, make_dense
+from awq_hf.exporters.dense import cast, cast_unsaved, make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
 from awq_hf.linear import ScaledActivation, packed_modules
+from awq_hf.output import follow_umask
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import check_room, make_plan, stored_bytes
 from awq_hf.prepare import prepare_kernels
@@ -129,6 +131,8 @@ class AwqHfQuantizer(HfQuantizer):
         new = getattr(torch, dtype) if isinstance(dtype, str) else dtype or old
         model = super().dequantize(model, dtype=new)
         cast(model, old, new, () if dtype is None else compat.kept_in_float32(model, new))
+        if new != old:
+            cast_unsaved(model, new)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
@@ -184,6 +188,7 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
 def _complete(model: Any, directory: str) -> None:
     """What belongs into a saved directory beside what transformers writes."""
     add_older_rope_keys(directory)
+    follow_umask(Path(directory).glob("*.safetensors"))
     if hasattr(model, "awq_report"):
         model.awq_report.save(directory)
 

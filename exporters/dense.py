@@ -5,12 +5,14 @@ In memory (`make_dense`), and in files, where the model is read tensor by tensor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from awq_hf.affine import dequantize_weight
 from awq_hf.experts import AwqExperts
@@ -75,6 +77,18 @@ def cast(model: nn.Module, old: torch.dtype, dtype: torch.dtype, kept: Collectio
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and tensor.itemsize <= old.itemsize:
             tensor.data = tensor.data.to(torch.float32 if name in kept else dtype)
+
+
+def cast_unsaved(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give buffers that no checkpoint holds, such as computed positions, the dtype that they have in a model of its class that is made in
+    `dtype`: rotary frequencies stay in float32 whatever it is.
+    """
+    with torch.device("meta"):
+        made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    saved = model.state_dict()
+    dtypes = {name: buffer.dtype for name, buffer in made.named_buffers() if name not in saved}
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.data.to(dtypes.get(name, buffer.dtype))
 
 
 def dense_module(module: AwqLinear, dtype: torch.dtype) -> nn.Module:
