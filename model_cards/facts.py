@@ -13,9 +13,10 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json
+from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
 
 REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
+FAST_TARGET = "compressed-tensors"  # of an export, for weights that servers run slowly as AWQ
 ORIGINAL, PLAIN = "original", "plain rounding"  # rows of evaluation.json that describe no file here
 
 
@@ -90,6 +91,11 @@ class Facts:
         return [artifact for artifact in self.artifacts if artifact.format == "gguf"]
 
     @property
+    def served_folders(self) -> list[Artifact]:
+        """Exports that vLLM and SGLang load, out of a folder."""
+        return [a for a in self.artifacts if a.path != ROOT and writes_text(a.class_name) and "vLLM" in a.readers]
+
+    @property
     def layers(self) -> list[dict[str, Any]]:
         return self.report["layers"] if self.report else []
 
@@ -157,6 +163,9 @@ def missing(facts: Facts) -> list[tuple[str, str]]:
         found.append(("the licence, which the original's card does not say", "write it into the original's card, or edit README.md"))
     if facts.report is None:
         found.append(("what was done to the layers", command("quantize", source, "OUT")))
+    if facts.root and facts.root.slow and not facts.served_folders:
+        again = command("export", FAST_TARGET, facts.directory, str(Path(facts.directory) / FAST_TARGET))
+        found.append((f"a form that {' and '.join(facts.root.slow)} run with their fast kernels, as they do not run symmetric AWQ", again))
     unmeasured = [artifact.path for artifact in facts.artifacts if facts.row(artifact) is None]
     if unmeasured:
         files = ", ".join("the checkpoint" if path == ROOT else path for path in unmeasured)

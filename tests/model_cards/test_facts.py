@@ -19,7 +19,7 @@ from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.render import render
 
-from .conftest import COMMIT, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_json
+from .conftest import COMMIT, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_compressed_tensors, write_json
 
 
 def text_of(directory: Path, *arguments: str) -> str:
@@ -75,6 +75,30 @@ def test_bits_per_weight_counts_scales_and_zero_points(bits: int, expected: floa
         assert find_artifacts(tmp_path, shapes)[0].bits_per_weight is None
         shapes = {layer["name"]: (HIDDEN, HIDDEN) for layer in report()["layers"]}
     assert find_artifacts(tmp_path, shapes)[0].bits_per_weight == expected
+
+
+def test_symmetric_weights_lead_to_the_form_that_servers_run_fast(symmetric: Path) -> None:
+    text = text_of(symmetric, "acme/tiny-sym")
+    assert "vllm serve acme/tiny-sym\n" not in text and "--model-path" not in text
+    assert "awq-hf export compressed-tensors acme/tiny-sym tiny-sym-compressed-tensors\nvllm serve tiny-sym-compressed-tensors\n" in text
+    assert table(text, "Which file should I take?")[1][-1] == "GPUs and servers: transformers, MLX; slowly: vLLM, SGLang"
+    told = dict(missing(gather(symmetric)))
+    assert told["a form that vLLM and SGLang run with their fast kernels, as they do not run symmetric AWQ"] == (
+        f"awq-hf export compressed-tensors {symmetric} {symmetric / 'compressed-tensors'}"
+    )
+    write_compressed_tensors(symmetric / "compressed-tensors")
+    text = text_of(symmetric, "acme/tiny-sym")
+    assert "vllm serve tiny-sym/compressed-tensors\n" in text and "awq-hf export" not in text and "vllm serve acme/tiny-sym\n" not in text
+    assert not any("fast kernels" in what for what, _ in missing(gather(symmetric)))
+
+
+@pytest.mark.parametrize("how", [dict(group_size=16), dict(zero_point=True), dict(zero_point=None), dict(group_size="128")])
+def test_other_weights_are_served_as_they_are(how: dict[str, Any], tmp_path: Path) -> None:
+    """Groups of 16 are slow in every form; what a config does not say is not made up."""
+    write_checkpoint(tmp_path / "x", awq(zero_point=False))
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    change(tmp_path / "x" / "config.json", quantization_config={**config["quantization_config"], **how})
+    assert "vllm serve x\n" in text_of(tmp_path / "x")
 
 
 def test_without_facts_no_sections(foreign: Path, awq_only: Path, full: Path) -> None:
