@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
 
 REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
@@ -98,6 +99,10 @@ class Facts:
     @property
     def layers(self) -> list[dict[str, Any]]:
         return self.report["layers"] if self.report else []
+
+    def is_strange(self, sample: tuple[str, str, int, int]) -> bool:
+        """Whether the text of this sample is strange to all models that were measured on it."""
+        return is_strange(row.perplexity for row in self.rows if row.sample == sample)
 
     def row(self, artifact: Artifact) -> Measured | None:
         return next((row for row in self.rows if artifact.path in row.files or {*artifact.files} & {*row.files}), None)

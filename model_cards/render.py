@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from awq_hf.evaluation_table import perplexity, with_error
+from awq_hf.evaluation_table import STRANGE_TEXT, perplexity, with_error
 from awq_hf.model_cards.artifacts import AUTO_CLASSES, ROOT, Artifact, writes_text
 from awq_hf.model_cards.facts import FAST_TARGET, ORIGINAL, PLAIN, Facts, Measured
 from awq_hf.model_cards.markdown import FILTERS, escape, one_line
@@ -175,6 +175,7 @@ def _sample(facts: Facts, rows: list[Measured]) -> dict[str, Any]:
         "tokens": f"{first.tokens:,}" if first.tokens else None,
         "seq_len": first.seq_len,
         "rows": [_quality(facts, row) for row in rows],
+        "strange": STRANGE_TEXT if facts.is_strange(first.sample) else None,
     }
 
 

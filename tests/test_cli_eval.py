@@ -237,6 +237,14 @@ def test_the_last_table_may_be_narrow_but_not_the_text_below() -> None:
     assert len(below) == 3 and below[0].startswith("loss diff.: log of the perplexity") and len(lines[-4]) < 40
 
 
+def test_a_strange_text_is_said_and_a_bad_model_is_not_blamed_on_it() -> None:
+    strange = "Every perplexity is above 100"
+    assert strange in printed([row("a", perplexity=4000.0, reference_perplexity=3000.0)], 80)
+    assert strange in printed([row("a", perplexity=4000.0, reference=None, reference_perplexity=None)], 80)
+    assert strange not in printed([row("a", perplexity=4000.0)], 80)  # the original's is 11.5
+    assert strange not in printed([row("a", perplexity=4000.0, reference=None, reference_perplexity=None), row("b", reference=None)], 80)
+
+
 def test_names_are_cut_to_what_tells_them_apart() -> None:
     assert "runs" not in printed([row("runs/a"), row("runs/b")], 120)
     text = printed([row("runs/1/awq"), row("runs/2/awq")], 120)

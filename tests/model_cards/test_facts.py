@@ -131,6 +131,25 @@ def test_figures_that_are_no_numbers_are_absent(full: Path) -> None:
     assert "nan" not in text.lower().replace("finan", "") and " inf" not in text and "model-index" not in text
 
 
+def test_perplexity_of_a_strange_text_is_no_result_of_the_model(full: Path) -> None:
+    """Of the texts that were measured on, one is strange to the model: what the Hub lists has its KL and top-1 only."""
+    strange = dict(text="far.txt", sha256="abc")
+    rows = [row("original", [], 0.0, 4321.0, 1.0, **strange), row("awq-hf", ["."], 0.5, 3999.0, 0.5, **strange)]
+    known = row("Tiny-Q6_K.gguf", ["Tiny-Q6_K.gguf"], 0.2, 400.0, 0.98)  # ten times the original's: a bad file, and not a strange text
+    write_json(full / "evaluation.json", {**evaluation(known), "rows": [*evaluation(known)["rows"], *rows]})
+    results = {result.metric_name: result.metric_value for result in card_data(gather(full)).eval_results or []}
+    assert results == {
+        "KL divergence to the original in nats": 0.5,
+        "Same top-1 token as the original": 0.5,
+        "Perplexity, Tiny-Q6_K.gguf": 400.0,
+        "KL divergence to the original in nats, Tiny-Q6_K.gguf": 0.2,
+        "Same top-1 token as the original, Tiny-Q6_K.gguf": 0.98,
+    }
+    text = text_of(full)
+    assert text.count("Every perplexity is above 100") == 1 and "4321.000" in text
+    assert text.index("`far.txt`") < text.index("Every perplexity is above 100")
+
+
 def test_other_texts_are_other_tables(full: Path) -> None:
     other = row("awq-hf", ["."], 0.5, 9.0, 0.5, text="code.txt", sha256="abc")
     write_json(full / "evaluation.json", evaluation(row("Tiny-Q6_K.gguf", ["Tiny-Q6_K.gguf"], 0.001, 22.9, 0.99), other))
