@@ -20,8 +20,8 @@ CAPTION = (
 # the kind that they were trained on are far below.
 STRANGE = 100.0
 STRANGE_TEXT = (
-    f"Every perplexity is above {STRANGE:g}: the text is unlike what the model was trained on, and its perplexity there says little. KL and "
-    "top-1 compare with the original all the same."
+    f"Every perplexity is above {STRANGE:g}: the text is unlike what the model was trained on, and its perplexity there says little. "
+    "KL and top-1 compare with the original all the same."
 )
 
 

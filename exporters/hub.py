@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, validate_repo_id
 
-from awq_hf.exporters.hub_errors import CommitRetries, Stage, checked_token, explained, patiently, sent
+from awq_hf.exporters.hub_errors import CommitRetries, Stage, checked_token, explained, has_token, patiently, sent
 from awq_hf.exporters.hub_files import collect, is_weights
 
 CARD = "README.md"
@@ -32,7 +32,8 @@ class PushResult:
     """commit: its sha; commit, commit_url and pull_request are None where there is none. url: where to look at it. Paths in the repository:
 
     uploaded, with their bytes: what it did not hold, or held with other content; unchanged; kept: what a person wrote there; removed:
-    weights that the new ones replace. Of a dry run: what would be.
+    weights that the new ones replace. Of a dry run: what would be. asked: whether the Hub was; without a token, a dry run knows nothing of
+    what the repository holds, and whether it may be written to.
     """
 
     repo_id: str
@@ -42,6 +43,7 @@ class PushResult:
     pull_request: str | None = None
     created: bool = False
     dry_run: bool = False
+    asked: bool = True
     uploaded: dict[str, int] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -54,14 +56,14 @@ class PushResult:
 
 @dataclass
 class Repository:
-    """A place on the Hub to push to. revision: a branch; exists, has_revision: whether they are there yet."""
+    """A place on the Hub to push to. revision: a branch; exists, has_revision: whether they are there yet, None where nobody asked."""
 
     api: HfApi
     repo_id: str
     revision: str = "main"
     create_pr: bool = False
-    exists: bool = False
-    has_revision: bool = False
+    exists: bool | None = False
+    has_revision: bool | None = False
 
     @property
     def url(self) -> str:
@@ -92,9 +94,17 @@ class Repository:
 
 
 def find_repository(
-    repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False, token: str | bool | None = None
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    dry_run: bool = False,
 ) -> Repository:
     """Look at where a push would go, and change nothing. A name without an owner is the token's user's.
+
+    dry_run: nothing will be pushed, and without a token nothing is looked at.
 
     Raises ValueError for a name or revision that cannot be pushed to and for a public repository where `private` is asked for,
     PermissionError for a token that is missing, refused (401) or only reads, and ConnectionError when the Hub does not answer.
@@ -104,6 +114,8 @@ def find_repository(
     except HFValidationError:
         raise ValueError(f"{repo_id!r} is not the name of a repository; give owner/name, or a name in your own namespace") from None
     api = HfApi(token=checked_token(token), library_name="awq-hf", library_version=version("awq-hf"))
+    if dry_run and not has_token(api.token):
+        return Repository(api, repo_id, revision or "main", create_pr, exists=None, has_revision=None)
     with explained(repo_id, api.token):
         user = patiently(api.whoami)
         target = Repository(api, repo_id if "/" in repo_id else f"{user['name']}/{repo_id}", revision or "main", create_pr)
@@ -196,7 +208,7 @@ def push_directory(
     as above, which say what the repository holds and how to go on. Nothing of the commit is visible before all of it is there.
     """
     files = collect(Path(directory))
-    result = PushResult(target.repo_id, target.url, created=not target.exists, dry_run=dry_run)
+    result = PushResult(target.repo_id, target.url, created=target.exists is False, dry_run=dry_run, asked=target.exists is not None)
     with explained(target.repo_id, target.api.token) as stage, _bars(progress):
         plan = _make_plan(target, files, make_card)
         if not dry_run:

@@ -116,7 +116,9 @@ class Facts:
 
 
 def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Facts:
-    """Raises ValueError for a directory without a model, for files that cannot be read, and for names that are no Hub ids."""
+    """Raises ValueError for a directory without a model, and for a float model that no report.json says was ever quantized; for files that
+    cannot be read, and for names that are no Hub ids.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that awq-hf quantize wrote")
@@ -127,6 +129,11 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
     artifacts = find_artifacts(path, shapes)
     if not artifacts:
         raise ValueError(f"{directory} holds no model: neither config.json with safetensors files nor a GGUF file is there")
+    if report is None and all(artifact.format == "float" for artifact in artifacts):
+        raise ValueError(
+            f"{directory} holds a float model, and nothing that is quantized: this card would tell of what was not done. Give the "
+            "directory that awq-hf quantize or export wrote; a README.md of your own is pushed as it is"
+        )
     evaluation = read_json(path / EVALUATION) if (path / EVALUATION).is_file() else {}
     name = repo_id or path.resolve().name
     return Facts(

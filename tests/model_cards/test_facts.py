@@ -19,7 +19,7 @@ from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.render import render
 
-from .conftest import COMMIT, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_compressed_tensors, write_json
+from .conftest import COMMIT, CONFIG, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_compressed_tensors, write_json
 
 
 def text_of(directory: Path, *arguments: str) -> str:
@@ -278,6 +278,15 @@ def test_refusals(tmp_path: Path, full: Path) -> None:
     (full / "Tiny-Q6_K.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"Tiny-Q6_K\.gguf cannot be read as GGUF"):
         make_card(full)
+
+
+def test_a_float_model_has_no_card_unless_it_was_quantized_once(full: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "float" / "config.json", CONFIG)
+    shutil.copy(full / "model.safetensors", tmp_path / "float")
+    with pytest.raises(ValueError, match="float holds a float model, and nothing that is quantized"):
+        make_card(tmp_path / "float")
+    shutil.copy(full / "report.json", tmp_path / "float")  # a dense export has it: what was done to its weights
+    assert "as bfloat16" in text_of(tmp_path / "float") and "Calibrated on 16,384 tokens" in text_of(tmp_path / "float")
 
 
 def test_missing_facts_come_with_what_to_do(full: Path, foreign: Path) -> None:
