@@ -85,6 +85,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.windows = calibration_windows(model, config, recipe)
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        compat.teach_peft()
         if self.pre_quantized:
             self._finish_loading(model)
             prepare_kernels(model)
