@@ -16,7 +16,7 @@ from awq_hf.linear import AwqLinear
 WITHOUT_WEIGHT = (True, False, "gaussian", "eva")  # values of init_lora_weights that do not read the weight
 
 
-class AwqLoraLinear(Linear):  # type: ignore[misc]
+class AwqLoraLinear(Linear):
     """PEFT's own layer, which calls what is below it; it is merged when that is dense."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:

@@ -127,7 +127,18 @@ def test_texts_that_cannot_be_used(
     assert is_one_error(evaluate(original, "--text", text, "--reference", original), "book.txt", message)
 
 
-def test_a_gptq_checkpoint_needs_gptqmodel(
+def test_exports_are_measured_as_the_checkpoint(evaluate: Callable[..., Result], original: Path, demo_dir: Path, tmp_path: Path) -> None:
+    config = awq_hf.AwqConfig.plain_rounding(group_size=64, calibration=demo_dir / "calibration.txt", samples=2, seq_len=64)
+    awq_hf.quantize(original, config, output_dir=tmp_path / "awq")
+    targets = ("compressed-tensors", "gptq")
+    for target in targets:
+        awq_hf.export(tmp_path / "awq", target, tmp_path / target)
+    result = evaluate(tmp_path / "awq", *(tmp_path / target for target in targets), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len({row["perplexity"] for row in json.loads(result.stdout)}) == 1 and len(json.loads(result.stdout)) == 3
+
+
+def test_what_is_not_read_of_a_gptq_checkpoint_needs_gptqmodel(
     evaluate: Callable[..., Result], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
     monkeypatch.setattr(evaluate_command, "find_spec", lambda _name: None)
@@ -135,7 +146,7 @@ def test_a_gptq_checkpoint_needs_gptqmodel(
     content = json.loads((original / "config.json").read_text(encoding="utf-8"))
     content["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (gptq / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    assert is_one_error(evaluate(gptq), "is a GPTQ checkpoint", "pip install gptqmodel")
+    assert is_one_error(evaluate(gptq), "is gptq of a kind that is not read here (no tensor is named *.qweight)", "pip install gptqmodel")
 
 
 def test_a_model_without_a_tokenizer(evaluate: Callable[..., Result], original: Path, tmp_path: Path, no_weights: None) -> None:
