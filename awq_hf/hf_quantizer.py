@@ -31,6 +31,7 @@ from awq_hf.prepare import prepare_kernels
 from awq_hf.recipe import Recipe
 from awq_hf.serving import serving_notes
 from awq_hf.skip_list import caveats, skip_list
+from awq_hf.wording import option
 
 logger = logging.getLogger("awq_hf")
 
@@ -51,8 +52,8 @@ class AwqHfQuantizer(HfQuantizer):
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not self.pre_quantized and (len(devices) > 1 or "disk" in devices):
             raise ValueError(
-                f"device_map spreads the model over {sorted(map(str, devices))}; it is quantized on one device: "
-                'use device_map="cpu" or device_map=0'
+                f"{option('device_map')} spreads the model over {sorted(map(str, devices))}; it is quantized on one device: "
+                f"use {option('device_map', 'cpu')} or {option('device_map', 'cuda:0')}"
             )
         return device_map
 

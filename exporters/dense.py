@@ -24,6 +24,7 @@ from awq_hf.linear import AwqLinear
 from awq_hf.matrices import as_kind
 from awq_hf.spec import QuantizedWeight
 from awq_hf.stored import is_finite
+from awq_hf.wording import option
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -34,7 +35,7 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, dtype: str = "auto
     Raises ValueError for a value that is beyond the dtype.
     """
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype={dtype!r} is not known; choose one of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"{option('dtype', dtype)} is not known; choose one of auto, {', '.join(DTYPES)}")
     check_activations(checkpoint, "dense")
     chosen = DTYPES.get(dtype, checkpoint.dtype)
     config = checkpoint.config_dict if dtype == "auto" else with_dtype(checkpoint.config_dict, dtype)
@@ -57,7 +58,7 @@ def _tensors(checkpoint: Checkpoint, dtype: torch.dtype, bar: Bar) -> Iterator[t
             wide = value.itemsize > checkpoint.dtype.itemsize
             tensor = value.to(dtype) if value.is_floating_point() and not wide else value
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise ValueError(f"{name} has values beyond {dtype}; export it as bfloat16 or float32")
+            raise ValueError(f"{name} has values beyond {dtype}; export it with {option('dtype', 'bfloat16')} or float32")
         yield name, tensor
 
 

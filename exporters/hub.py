@@ -21,6 +21,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from awq_hf.exporters.hub_errors import CommitRetries, Stage, checked_token, explained, has_token, patiently, sent
 from awq_hf.exporters.hub_files import collect, is_weights
+from awq_hf.wording import option
 
 CARD = "README.md"
 MakeCard = Callable[[str, str | None], Mapping[str, bytes | None]]
@@ -128,8 +129,8 @@ def check_not_original(repo_id: str, original: str) -> None:
     """Raises ValueError where a push would replace the weights of the model that was quantized."""
     if repo_id.lower() == original.lower():
         raise ValueError(
-            f"{repo_id} is the original model, whose weights would be replaced; choose another name, a branch of it (revision, "
-            "--revision) or a pull request (create_pr, --create-pr)"
+            f"{repo_id} is the original model, whose weights would be replaced; choose another name, a branch of it "
+            f"({option('revision')}) or a pull request ({option('create_pr', True)})"
         )
 
 
@@ -143,7 +144,7 @@ def _check_role(user: Mapping[str, Any], target: Repository) -> None:
     if role == "write" and not target.create_pr and owner not in {user["name"], *(org["name"] for org in user.get("orgs", ()))}:
         raise PermissionError(
             f"{user['name']}, whose token this is, does not belong to {owner}, so {target.repo_id} cannot be written to; "
-            "check the name, or open a pull request on a repository that exists (create_pr, --create-pr)"
+            f"check the name, or open a pull request on a repository that exists ({option('create_pr', True)})"
         )
 
 
@@ -161,7 +162,9 @@ def _look(target: Repository, private: bool | None) -> None:
         return
     target.exists = True
     if private and not info.private:
-        raise ValueError(f"{name} exists and is public, and private is for new repositories; choose another name, or change its settings")
+        raise ValueError(
+            f"{name} exists and is public, and {option('private')} is for new repositories; choose another name, or change its settings"
+        )
     if revision == "main":
         target.has_revision = True
         return
@@ -170,7 +173,7 @@ def _look(target: Repository, private: bool | None) -> None:
         target.has_revision = True
     except RevisionNotFoundError:
         if revision.startswith("refs/") or target.create_pr:
-            raise ValueError(f"{name} has no revision {revision}; create the branch first, or leave the revision out") from None
+            raise ValueError(f"{name} has no revision {revision}; create the branch first, or leave {option('revision')} out") from None
         return
     if sha.startswith(revision) or revision in {tag.name for tag in patiently(lambda: target.api.list_repo_refs(name)).tags}:
         raise ValueError(f"{revision} of {name} is a commit or a tag, which cannot be written to; give the name of a branch")

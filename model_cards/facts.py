@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
+from awq_hf.wording import option
 
 REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
 FAST_TARGET = "compressed-tensors"  # of an export, for weights that servers run slowly as AWQ
@@ -234,10 +235,10 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def check_hub_id(option: str, name: str | None) -> None:
+def check_hub_id(what: str, name: str | None) -> None:
     """Raises ValueError for what cannot be the name of a repository; None is no name."""
     if name is not None and not _is_hub_id(name):
-        raise ValueError(f"{option}={name!r} is not the id of a repository; give owner/name")
+        raise ValueError(f"{option(what, name)} is not the id of a repository; give owner/name")
 
 
 def _is_hub_id(name: str) -> bool:

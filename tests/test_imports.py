@@ -17,6 +17,7 @@ ALLOWED = {
     "kernels": "",
     "spec": "",
     "affine": "spec",
+    "wording": "",
     "report": "model_cards",
     "base_model": "",
     "machine": "",
@@ -131,7 +132,8 @@ def test_every_module_is_seen_and_has_a_place_in_the_table() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_module_keeps_the_rules(path: Path) -> None:
-    unit, allowed = unit_of(path), ALLOWED[unit_of(path)].split()
+    unit = unit_of(path)
+    allowed = ALLOWED[unit].split() + ["wording"] * (unit != "kernels")  # messages are everywhere
     for name in ours_in(path):
         assert any(name == rule or name.startswith(f"{rule}.") for rule in allowed), f"{unit} must not import {name}"
         assert name.split(".")[0] not in LEAVES or unit == "cli", f"{unit} imports {name}"
