@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.spec import QuantizedWeight, QuantSpec
+from awq_hf.wording import option
 
 MIN_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros or denormals still has a defined scale
 MAX_SCALE = 65504.0  # the largest float16
@@ -55,7 +56,7 @@ def to_storable(scales: Tensor) -> Tensor:
     if not bool((scales <= MAX_SCALE).all()):
         raise ValueError(
             f"a scale of {scales.max().item():.3g} does not fit float16 (at most {MAX_SCALE:.0f}), or a weight is not finite; "
-            "leave this layer in float (modules_to_not_convert)"
+            f"leave this layer in float ({option('modules_to_not_convert')})"
         )
     return scales.to(torch.float16).to(torch.float32).clamp(min=MIN_SCALE)
 

@@ -27,6 +27,7 @@ from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.transforms.awq_scale import Consumer, Loss, ScaleChoice, nearest, search_scales
+from awq_hf.wording import option
 
 SAME = 0.02  # relative difference that the order of sums can make in bfloat16 within a block; a wrong code costs far more
 
@@ -98,7 +99,7 @@ class BlockWork:
             if missing := [name for name in leaders if name not in inputs]:
                 raise ValueError(
                     f"{self.name}.{missing[0]} does not run on every calibration window; layers that run conditionally cannot be quantized "
-                    f"yet: modules_to_not_convert=[{missing[0]!r}] leaves it in float"
+                    f"yet: {option('modules_to_not_convert', [missing[0]])} leaves it in float"
                 )
             for name in leaders:
                 self.float_inputs[name].append(batch.real_tokens(inputs.pop(name)))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from awq_hf.wording import option
+
 
 def class_of(architectures: Sequence[str] | None) -> Any:
     """The class that a config's `architectures` names, so that a head or a vision tower is not lost; else AutoModelForCausalLM."""
@@ -28,7 +30,7 @@ def check_code(content: Mapping[str, Any], name: str, trusted: bool) -> None:
     if content.get("auto_map") and not trusted and content.get("model_type") not in transformers.CONFIG_MAPPING:
         raise UntrustedCode(
             f"{name} is a model of the type {content.get('model_type')!r}, whose code comes with it; read it, and if you trust it, say so: "
-            "--trust-remote-code, in Python trust_remote_code=True"
+            f"{option('trust_remote_code', True)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -45,7 +46,8 @@ def unregister() -> None:
 
 def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[..., Any]) -> None:
     """Have model.save_pretrained(directory) call action(model, directory) when it is done, and push(model, repo_id, **options) do what
-    model.push_to_hub and save_pretrained(push_to_hub=True) do: options of theirs, and those of saving.
+    model.push_to_hub and save_pretrained(push_to_hub=True) do: options of theirs, and those of saving. Of a model with adapters,
+    transformers saves those alone, and neither is called.
 
     There is no hook for either; methods bound to the instance are used, which copy.deepcopy binds to the copy.
     """
@@ -53,6 +55,9 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
 
     @functools.wraps(kind.save_pretrained)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "_hf_peft_config_loaded", False):
+            kind.save_pretrained(self, save_directory, *args, **kwargs)
+            return
         kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
         pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
@@ -65,11 +70,31 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
 
     @functools.wraps(kind.push_to_hub)
     def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return kind.push_to_hub(self, *args, **kwargs)
         given = inspect.signature(kind.push_to_hub).bind(self, *args, **kwargs).arguments
         return push(given.pop("self"), given.pop("repo_id"), **given)
 
     model.save_pretrained = types.MethodType(save_pretrained, model)
     model.push_to_hub = types.MethodType(push_to_hub, model)
+
+
+def teach_peft() -> None:
+    """Have PEFT's LoRA take AwqLinear, where PEFT is installed: get_peft_model, PeftModel.from_pretrained, model.add_adapter.
+
+    The only register of layers that PEFT has is in each LoraConfig, so functions of its modules are replaced.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return
+    try:
+        from peft.tuners import tuners_utils
+        from peft.tuners.lora import model as lora
+    except ImportError:  # of one that does not go with what is installed: who wants it is told so, others have a model to load
+        return
+    if "config" in inspect.signature(lora.dispatch_awq).parameters:  # before 0.21 it was called otherwise
+        from awq_hf.lora import teach  # not above: it needs PEFT, and linear.py
+
+        teach(lora, tuners_utils)
 
 
 def forget_after_saving(model: Any) -> None:

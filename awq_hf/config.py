@@ -16,6 +16,7 @@ from awq_hf.recipe import Recipe
 from awq_hf.spec import QuantSpec
 from awq_hf.transforms.awq_clip import ClipOptions
 from awq_hf.transforms.awq_scale import ScaleOptions
+from awq_hf.wording import option
 
 _STORED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
 # Our name -> the names others write, the first that is there counts
@@ -126,7 +127,9 @@ class AwqConfig(TransformersAwqConfig):
         """The same options as the pipeline takes them. positions: how many tokens the model takes at once, where that is known."""
         positions = positions if positions is not None and positions > 0 else None  # XLNet's has none and says -1
         if positions is not None and self.seq_len is not None and self.seq_len > positions:
-            raise ValueError(f"seq_len={self.seq_len} is longer than the {positions} positions of the model; give at most {positions}")
+            raise ValueError(
+                f"{option('seq_len', self.seq_len)} is longer than the {positions} positions of the model; give at most {positions}"
+            )
         return Recipe(
             spec=self.spec(),
             scale=ScaleOptions() if self.scale else None,

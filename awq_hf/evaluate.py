@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from awq_hf.calibration.checks import FEW
 from awq_hf.calibration.data import Batch, Windows, load_windows
+from awq_hf.wording import option
 
 Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
 Source = nn.Module | Callable[[], nn.Module]
@@ -110,9 +111,9 @@ def evaluate_many(
     so that the reference and one model are in memory at a time. The reference's logits would not fit there: it is run again, batch
     by batch, for every model. The text is read and checked before anything is loaded.
     """
-    for option, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
-            raise ValueError(f"{option}={value} leaves nothing to evaluate; give at least 1")
+            raise ValueError(f"{option(name, value)} leaves nothing to evaluate; give at least 1")
     windows = load_windows(texts, tokenizer, seq_len, role="evaluation")
     if max_tokens is not None:
         count = max(1, max_tokens // seq_len)
@@ -150,7 +151,9 @@ def _ready(name: str, source: Source, windows: Windows) -> nn.Module:
     if hasattr(model, "config"):
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
         if positions is not None and int(windows.lengths.max()) > positions:
-            raise ValueError(f"{name} takes {positions} tokens at once, and windows have {int(windows.lengths.max())}; lower seq_len")
+            raise ValueError(
+                f"{name} takes {positions} tokens at once, and windows have {int(windows.lengths.max())}; lower {option('seq_len')}"
+            )
     return model
 
 
@@ -243,7 +246,7 @@ def _log_probabilities(logits: Tensor, rows: Tensor, name: str, batch: Batch, fi
         window, token = divmod(int(rows[bad.cpu()][0]), batch.input_ids.shape[1])
         raise ValueError(
             f"{name} computes logits that are not finite (window {first + window}, token {token}, both counted from 0): its weights are "
-            f"damaged, or {str(chosen.dtype).removeprefix('torch.')} overflows; check the file, or load it in float32"
+            f"damaged, or {str(chosen.dtype).removeprefix('torch.')} overflows; check the file, or try {option('dtype', 'float32')}"
         )
     if chosen.device.type == "mps":  # has no float64
         chosen = chosen.cpu()

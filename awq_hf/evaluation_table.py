@@ -1,8 +1,9 @@
-"""The table that `awq-hf eval` prints."""
+"""How figures of an evaluation are shown: the table that `awq-hf eval` prints, and when a perplexity says nothing."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
@@ -15,10 +16,24 @@ CAPTION = (
     "in nats. ±: standard error, windows being independent."
 )
 
+# From here on a perplexity tells that the text is strange to a model, and not how good the model is: those of language models on text of
+# the kind that they were trained on are far below.
+STRANGE = 100.0
+STRANGE_TEXT = (
+    f"Every perplexity is above {STRANGE:g}: the text is unlike what the model was trained on, and its perplexity there says little. "
+    "KL and top-1 compare with the original all the same."
+)
+
+
+def is_strange(perplexities: Iterable[float | None]) -> bool:
+    """Whether a text is strange to the models with these perplexities, None where one is not known: to the best of them."""
+    known = [value for value in perplexities if value is not None]
+    return bool(known) and min(known) > STRANGE
+
 
 def tables(rows: list[dict[str, Any]], width: int) -> list[Table | Text]:
     """Models are columns, for they are few and their figures many; more of them than `width` characters hold go to further tables.
-    With a reference, what the figures mean comes last.
+    With a reference, what the figures mean comes last; and where that says little, that.
 
     rows: for every model the fields of Evaluation, "model", "reference" (a name or None), and the sizes of the weights in bytes or
     None: "weights_bytes", "reference_weights_bytes".
@@ -36,7 +51,9 @@ def tables(rows: list[dict[str, Any]], width: int) -> list[Table | Text]:
     parts = [columns[start : start + count] for start in range(0, len(columns), count)]
     found = [_table(part, labels, room // len(part) - 3) for part in parts]
     found[0].title = Text(f"{first['tokens']:,} tokens of {first['text']}", style="table.title")
-    return [*found] if original is None else [*found, Text(CAPTION)]  # a caption of the table's would be as narrow as the last one
+    strange = is_strange(value for row in rows for value in (row["perplexity"], row.get("reference_perplexity")))
+    below = [CAPTION] * (original is not None) + [STRANGE_TEXT] * strange
+    return [*found, *map(Text, below)]  # a caption of the table's would be as narrow as the last one
 
 
 def rows_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
 from awq_hf.config import AwqConfig
 from awq_hf.experts import AwqExperts, holds_experts
-from awq_hf.exporters.dense import cast, make_dense
+from awq_hf.exporters.dense import cast, cast_unsaved, make_dense
 from awq_hf.exporters.rope_keys import add_older_rope_keys
 from awq_hf.headers import read_headers
 from awq_hf.linear import ScaledActivation, packed_modules
+from awq_hf.output import follow_umask
 from awq_hf.pipeline import quantize_model
 from awq_hf.preflight import check_room, make_plan, stored_bytes
 from awq_hf.prepare import prepare_kernels
@@ -30,6 +32,7 @@ from awq_hf.recipe import Recipe
 from awq_hf.serving import serving_notes
 from awq_hf.skip_list import caveats, skip_list
 from awq_hf.streaming import InFiles, Placement, default_device
+from awq_hf.wording import option
 
 logger = logging.getLogger("awq_hf")
 
@@ -57,8 +60,8 @@ class AwqHfQuantizer(HfQuantizer):
         devices = set(device_map.values())
         if len(devices) > 1 or "disk" in devices:
             raise ValueError(
-                f"device_map spreads the model over {sorted(map(str, devices))}; it is quantized on one device: "
-                'use device_map="cpu" or device_map=0'
+                f"{option('device_map')} spreads the model over {sorted(map(str, devices))}; it is quantized on one device: "
+                f"use {option('device_map', 'cpu')} or {option('device_map', 'cuda:0')}"
             )
         self.placement = {"": devices.pop()}
         return self.placement
@@ -94,6 +97,7 @@ class AwqHfQuantizer(HfQuantizer):
         self.windows = calibration_windows(model, config, recipe)
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        compat.teach_peft()
         if self.pre_quantized:
             self._finish_loading(model)
             prepare_kernels(model)
@@ -143,6 +147,8 @@ class AwqHfQuantizer(HfQuantizer):
         new = getattr(torch, dtype) if isinstance(dtype, str) else dtype or old
         model = super().dequantize(model, dtype=new)
         cast(model, old, new, () if dtype is None else compat.kept_in_float32(model, new))
+        if new != old:
+            cast_unsaved(model, new)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
@@ -198,6 +204,7 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
 def _complete(model: Any, directory: str) -> None:
     """What belongs into a saved directory beside what transformers writes."""
     add_older_rope_keys(directory)
+    follow_umask(Path(directory).glob("*.safetensors"))
     if hasattr(model, "awq_report"):
         model.awq_report.save(directory)
 

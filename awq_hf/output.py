@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def whole(target: Path) -> Iterator[Path]:
     try:
         partial = room / target.name
         yield partial
+        follow_umask(path for path in (partial, *partial.rglob("*")) if path.is_file())
         if not target.exists():
             partial.rename(target)
             return
@@ -53,3 +55,14 @@ def whole(target: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def follow_umask(files: Iterable[Path]) -> None:
+    """Give files the mode that this process's new files have there: safetensors writes for the owner alone, whatever the umask."""
+    for path in files:
+        new = path.with_name(f".{path.name}.mode")
+        new.touch()
+        try:
+            path.chmod(stat.S_IMODE(new.stat().st_mode))
+        finally:
+            new.unlink()

@@ -18,6 +18,7 @@ from awq_hf.kernels.layout import column_multiple
 from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.recipe import Recipe
 from awq_hf.spec import GROUP_SIZES, QuantSpec
+from awq_hf.wording import option
 
 OUTSIDE = "outside the decoder's blocks"
 SKIPPED = "modules_to_not_convert"
@@ -162,7 +163,7 @@ def _misfit(out_features: int, in_features: int, spec: QuantSpec, recipe: Recipe
 
 def _nothing_to_quantize(model: nn.Module, left: dict[str, str]) -> str:
     if SKIPPED in left.values():
-        return f"no Linear of {type(model).__name__} is left to quantize; shorten modules_to_not_convert"
+        return f"no Linear of {type(model).__name__} is left to quantize; shorten {option(SKIPPED)}"
     reasons = sorted(set(left.values()) - {OUTSIDE}) or ["they hold no matrices"]
     return f"{type(model).__name__} has no Linear to quantize in its blocks: {', '.join(reasons)}"
 
@@ -173,10 +174,10 @@ def _refusal(misfits: dict[str, str], shapes: dict[str, tuple[int, int]], spec: 
     leaving = {*map(whole, misfits)}
     leave = sorted({_shortest_pattern(name, [other for other in shapes if whole(other) not in leaving]) for name in leaving})
     return (
-        f"{len(misfits)} layers do not fit bits={spec.bits}, group_size={spec.group_size}:\n"
+        f"{len(misfits)} layers do not fit {option('bits', spec.bits)}, {option('group_size', spec.group_size)}:\n"
         + "\n".join(f"  {name}: {reason}" for name, reason in list(misfits.items())[:8])
         + (f"\n  and {len(misfits) - 8} more" if len(misfits) > 8 else "")
-        + f"\nGroup sizes that divide every layer: {works}. Or leave these layers in float: modules_to_not_convert={leave}"
+        + f"\nGroup sizes that divide every layer: {works}. Or leave these layers in float: {option(SKIPPED, leave)}"
     )
 
 
@@ -196,15 +197,15 @@ def _check_parts(model: nn.Module, recipe: Recipe, plan: Plan) -> None:
     layers = [*plan.specs, *plan.left_in_float, *experts]
     modules = [*(name for name, _ in model.named_modules() if name), *experts]
     modules += [renaming.name_on_disk(model, name) for name in plan.left_in_float] if recipe.skip else []
-    for option, parts, names, kind in (
+    for name, parts, names, kind in (
         ("overrides", [part for part, _ in recipe.overrides], layers, "layer"),
         (SKIPPED, recipe.skip, modules, "module"),
     ):
         for part in parts:
-            if not any(part in name for name in names):
+            if not any(part in known for known in names):
                 near = _near(part, names)
                 hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"names look like {layers[0]!r}"
-                raise ValueError(f"{option}: {part!r} is in no {kind}'s name, and has to be a part of one; {hint}")
+                raise ValueError(f"{option(name)}: {part!r} is in no {kind}'s name, and has to be a part of one; {hint}")
 
 
 def _near(part: str, names: Iterable[str]) -> list[str]:
@@ -256,7 +257,7 @@ def check_in_memory(model: nn.Module, later: str | None) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
-            'load on one device, e.g. device_map="cpu" or device_map=0'
+            f"load on one device: {option('device_map', 'cpu')} or {option('device_map', 'cuda:0')}"
         )
 
 
@@ -271,6 +272,5 @@ def check_weights(model: nn.Module, plan: Plan, inside: str) -> None:
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")
         if not bool(weight.any()):
             raise ValueError(
-                f"{name} is zero throughout: the checkpoint is damaged, or if this is meant, "
-                f"modules_to_not_convert=[{name.rpartition('.')[0]!r}]"
+                f"{name} is zero throughout: the checkpoint is damaged, or if this is meant, {option(SKIPPED, [name.rpartition('.')[0]])}"
             )

@@ -38,11 +38,12 @@ def push_to_hub(
     of `hf auth login` or HF_TOKEN. base_model: the Hub id of the original, for the card, where report.json does not know it.
 
     The card is written anew each time, but one that a person wrote or edited stays: the directory's README.md goes as it is, and the
-    repository's is kept; overwrite_card replaces the latter. dry_run: look at everything and change nothing.
+    repository's is kept; overwrite_card replaces the latter. dry_run: look at everything and change nothing;
+    without a token, look at what is here only.
     Files that the repository holds already are not sent, so a run that broke is repeated to continue it.
     Raises ValueError, PermissionError or ConnectionError with one sentence; before anything is sent where that can be known.
     """
-    target = find_repository(repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
+    target = find_repository(repo_id, private=private, revision=revision, create_pr=create_pr, token=token, dry_run=dry_run)
     rest: dict[str, Any] = dict(
         private=private, commit_message=commit_message, commit_description=commit_description, dry_run=dry_run, progress=progress
     )

@@ -10,6 +10,7 @@ from awq_hf.rounding import ROUNDERS
 from awq_hf.spec import QuantSpec
 from awq_hf.transforms.awq_clip import ClipOptions
 from awq_hf.transforms.awq_scale import ScaleOptions
+from awq_hf.wording import option
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDERS:
-            raise ValueError(f"rounding={self.rounding!r} is not known; choose one of {list(ROUNDERS)}")
+            raise ValueError(f"{option('rounding', self.rounding)} is not known; choose one of {list(ROUNDERS)}")
         if self.scales_for not in (None, *KINDS):
-            raise ValueError(f"scales_for={self.scales_for!r} is not known; choose one of {list(KINDS)}")
+            raise ValueError(f"{option('scales_for', self.scales_for)} is not known; choose one of {list(KINDS)}")
         if "" in [part for part, _ in self.overrides] or "" in self.skip:
-            raise ValueError("an empty string is part of every name; modules_to_not_convert and overrides need parts of names")
+            raise ValueError(
+                f"an empty string is part of every name; {option('modules_to_not_convert')} and {option('overrides')} need parts of names"
+            )
         if self.stream not in ("float", "quantized"):
             raise ValueError(f"stream={self.stream!r} is not known; choose 'float' or 'quantized'")
         if not 0 <= self.shrinkage < 1:
             raise ValueError(f"shrinkage={self.shrinkage!r} is not in [0, 1); 0 takes correlations as they are, 0.3 is the default")
         for name, least in (("samples", 1), ("seq_len", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r} is too small; give at least {least}")
+                raise ValueError(f"{option(name, getattr(self, name))} is too small; give at least {least}")
 
     def spec_for(self, *module_names: str) -> QuantSpec | None:
         """How a module is stored, or None where it stays in float. Names match by substring, as AutoAWQ and vLLM do it.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from awq_hf.spec import QuantSpec
+from awq_hf.wording import option
 
 KINDS = ("Q4_K", "Q4_1")
 SIGNIFICANT = 11  # bits of a float16
@@ -69,7 +70,7 @@ def misfit(spec: QuantSpec, in_features: int, kind: str) -> str | None:
     needs = (
         "2 to 4 bits and groups of 32 or more" if kind == "Q4_1" else "4 bits with zero points, groups of 128 and rows of a multiple of 256"
     )
-    return f"scales_for={kind!r} needs {needs}, not {spec} in rows of {in_features}"
+    return f"{option('scales_for', kind)} needs {needs}, not {spec} in rows of {in_features}"
 
 
 def representable(scales: Tensor, zero_points: Tensor, spec: QuantSpec, in_features: int, kind: str) -> Tensor:

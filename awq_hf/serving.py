@@ -30,13 +30,18 @@ def serving(model: Any, packed: Mapping[str, PackedModule]) -> list[str]:
     return export + ([split] if split else []) + serving_notes(packed)
 
 
+def slow_as_awq(spec: QuantSpec) -> bool:
+    """Whether servers have no fast kernel for this as AWQ, but have one for the same weights in another format."""
+    return spec.bits == 4 and spec.symmetric and spec.group_size in FAST_GROUP_SIZES
+
+
 def serving_notes(packed: Mapping[str, PackedModule]) -> list[str]:
     """What is refused or slow there, a sentence each. Widths that they have no kernels for are not spoken of."""
     specs = {module.spec for module in packed.values()}
     four = [spec for spec in specs if spec.bits == 4]
     slow = sorted({spec.group_size for spec in four} - {*FAST_GROUP_SIZES})
     notes = [f"groups of {size}: vLLM and SGLang have fast kernels for groups of 32, 64 and 128 and for whole rows" for size in slow]
-    if any(spec.symmetric and spec.group_size in FAST_GROUP_SIZES for spec in four):
+    if any(map(slow_as_awq, specs)):
         notes.append("symmetric: vLLM and SGLang run it with slow kernels as AWQ, with their fast ones as compressed-tensors or gptq")
     if any(spec.bits == 8 and not spec.symmetric for spec in specs):
         notes.append("8 bits with zero points: vLLM has a kernel for Hopper GPUs only (as compressed-tensors), for symmetric ones on all")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from awq_hf.wording import option
+
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 
@@ -25,10 +27,10 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
-            raise ValueError(f"bits={self.bits!r} is not supported; choose one of {list(BITS)}")
+            raise ValueError(f"{option('bits', self.bits)} is not supported; choose one of {list(BITS)}")
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise ValueError(
-                f"group_size={self.group_size!r} is not supported; choose one of {list(GROUP_SIZES)} (-1 is one group for the whole row)"
+                f"{option('group_size', self.group_size)} is not supported; choose one of {list(GROUP_SIZES)} (-1: whole rows)"
             )
 
     @property

@@ -34,6 +34,7 @@ from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.pipeline import Progress
 from awq_hf.report import Report
 from awq_hf.sensitivity import candidates, measure
+from awq_hf.wording import option
 
 MEASURED_WINDOWS = 16  # of the calibration's, whose gradients say how much a Linear matters
 DEFAULT = "Q4_K_M"  # of float models
@@ -83,7 +84,8 @@ def to_gguf(
         raise ValueError(f"the importance matrix {save_imatrix} {why}")
     if target_bpw is not None and not searched:
         raise ValueError(
-            "target_bpw chooses types by a search, which needs a float model, and neither search=False nor an importance matrix"
+            f"{option('target_bpw')} chooses types by a search, which needs a float model, and neither {option('search', False)} nor an "
+            "importance matrix"
         )
     if checkpoint.quantization is not None:
         types = plan_types(checkpoint, plan, check_name(type or AUTO), exact)
@@ -91,10 +93,14 @@ def to_gguf(
         options = _described(options, f"{'The integers of an' if same else 'An'} AWQ checkpoint, repacked by awq-hf")
         return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
     if exact:
-        raise ValueError("exact keeps the codes of a quantized checkpoint; this model is float: type F32, F16 or BF16 keeps its weights")
+        raise ValueError(
+            f"{option('exact')} keeps the codes of a quantized checkpoint; this model is float: {option('type', 'F32')}, F16 or BF16 is"
+        )
     wanted = check_name(type or (DEFAULT if target_bpw is None else _usual(target_bpw)))
     if wanted == AUTO:
-        raise ValueError(f"type auto is for quantized checkpoints, whose codes decide; choose a type for this float model: {DEFAULT}")
+        raise ValueError(
+            f"{option('type', 'auto')} is for quantized checkpoints, whose codes decide; choose a type for this float model: {DEFAULT}"
+        )
     types = plan_types(checkpoint, plan, wanted)
     if not searched or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)
@@ -133,7 +139,9 @@ def _within_budget(
     least, weights = fixed + sum(min(found.values()) for found in sizes.values()), sum(map(math.prod, plan.shapes.values()))
     if 8 * least > target_bpw * weights:
         bits = math.ceil(800 * least / weights) / 100
-        raise ValueError(f"target_bpw={target_bpw} is too little: this model takes at least {bits:.2f} bits a weight, all tensors counted")
+        raise ValueError(
+            f"{option('target_bpw', target_bpw)} is too little: this model takes at least {bits:.2f} bits a weight, all tensors counted"
+        )
     return sizes, int(target_bpw * weights / 8) - fixed
 
 

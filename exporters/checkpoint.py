@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -42,6 +42,9 @@ _WANTED: dict[str, Any] = dict(
 _FOLDERS = ("additional_chat_templates",)
 
 MAPPED = 1 << 16  # bytes of a tensor from which it is worth looking up whose memory it is, to give it back
+
+
+C = TypeVar("C", bound="Checkpoint")
 
 
 class Entry(NamedTuple):
@@ -110,7 +113,7 @@ class Checkpoint:
 
     def names(self) -> list[Entry]:
         """What `items` will give, in its order; no tensor is read."""
-        parts = {f"{owner}.{part}" for owner, packed in self.packed.items() for part in ("qweight", packed.zeros, "scales")}
+        parts = {f"{owner}.{part}" for owner, packed in self.packed.items() for part in self._parts_of(packed)}
         entries = [Entry(f"{owner}.weight", packed.shape, packed.spec) for owner, packed in self.packed.items()]
         entries += [Entry(name, info.shape, DTYPES[info.dtype]) for name, info in self.headers.items() if name not in parts]
         return sorted(entries, key=lambda entry: _natural(entry.name))
@@ -128,6 +131,10 @@ class Checkpoint:
                 yield name, self._finite(name)
 
     __iter__ = items
+
+    def _parts_of(self, packed: Packed) -> tuple[str, ...]:
+        """The last parts of the names of the tensors that a quantized matrix consists of."""
+        return ("qweight", packed.zeros, "scales")
 
     def _finite(self, name: str) -> Tensor:
         tensor = self.load(name)
@@ -177,16 +184,28 @@ def open_checkpoint(model: str | os.PathLike[str] | PreTrainedModel, **location:
         raise TypeError(
             f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model, merge the adapter first"
         )
-    directory, label = _directory(os.fspath(model), location), os.fspath(model)
+    directory, label = directory_of(os.fspath(model), location), os.fspath(model)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{label} holds no config.json; give the directory of a model as transformers saves it, or a Hub id")
+    stored = _quantization(json.loads((directory / "config.json").read_text(encoding="utf-8")), label)
+    return _checked(open_files(directory, label, functools.partial(Checkpoint, quantization=stored)))
+
+
+def open_files(directory: Path, label: str, kind: Callable[..., C]) -> C:
+    """kind(fields of a Checkpoint, without quantization) of the files in a directory."""
     content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config = _without_quantization(_config(directory, content))
     headers = read_headers(weight_files(directory, label), str(directory))
-    return _checked(Checkpoint(label, config, *_split(content, label), directory, headers, _Files(headers).load))
+    return kind(
+        label=label,
+        config=_without_quantization(_config(directory, content)),
+        config_dict=_rest(content),
+        directory=directory,
+        headers=headers,
+        load=_Files(headers).load,
+    )
 
 
-def _directory(name: str, location: dict[str, Any]) -> Path:
+def directory_of(name: str, location: dict[str, Any]) -> Path:
     if (path := Path(name).expanduser()).is_dir():
         return path
     if path.is_file():
@@ -220,7 +239,8 @@ def _in_memory(model: PreTrainedModel) -> Checkpoint:
     content = compat.config_on_disk(model)
     directory = _beside(model)
     config = _without_quantization(copy.deepcopy(model.config))
-    return _checked(Checkpoint(label, config, *_split(content, label), directory, headers, lambda name: tensors[name].cpu(), model))
+    rest, stored = _rest(content), _quantization(content, label)
+    return _checked(Checkpoint(label, config, rest, stored, directory, headers, lambda name: tensors[name].cpu(), model))
 
 
 def _name_of(name: str, tensor: Tensor) -> str:
@@ -241,19 +261,27 @@ def _beside(model: PreTrainedModel) -> Path | None:
         return None
 
 
-def _split(content: dict[str, Any], label: str) -> tuple[dict[str, Any], AwqConfig | None]:
-    """config.json's content without its description of quantization, and that. Raises ValueError when it is not AWQ."""
-    rest = with_older_rope_keys({k: v for k, v in content.items() if k not in ("quantization_config", "compression_config")})
+_QUANTIZATION = ("quantization_config", "compression_config")
+
+
+def _rest(content: dict[str, Any]) -> dict[str, Any]:
+    """config.json's content without its description of quantization."""
+    return with_older_rope_keys({key: value for key, value in content.items() if key not in _QUANTIZATION})
+
+
+def _quantization(content: dict[str, Any], label: str) -> AwqConfig | None:
+    """That description. Raises ValueError when it is not AWQ."""
     stored = content.get("quantization_config") or content.get("compression_config")
     if not stored:
-        return rest, None
+        return None
     if (method := stored.get("quant_method")) != "awq":
         raise ValueError(f"{label} is quantized ({method or 'of unknown method'}); AWQ checkpoints and float ones can be exported")
-    return rest, AwqConfig.from_dict(stored)
+    config: AwqConfig = AwqConfig.from_dict(stored)
+    return config
 
 
 def _without_quantization(config: Any) -> PreTrainedConfig:
-    for name in ("quantization_config", "compression_config"):
+    for name in _QUANTIZATION:
         config.__dict__.pop(name, None)
     return config
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, items_with_bar, packed_tensors, write_folder
 from awq_hf.exporters.modules import Modules, find_modules
 from awq_hf.exporters.refusals import check_activations, check_linears, check_quantized
-from awq_hf.kernels.layout import pack_in_order
+from awq_hf.kernels.layout import pack_in_order, unpack_in_order
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
 NAME = "compressed-tensors"
@@ -51,6 +52,17 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     if not weight.spec.symmetric:
         tensors["weight_zero_point"] = pack_in_order(weight.zero_points.T.contiguous(), bits).T.contiguous()
     return tensors
+
+
+def unpack_weight(parts: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
+    """parts: the tensors by the last part of their names. Inverse of `pack_weight`."""
+    scales = parts["weight_scale"]
+    n_out, n_in = parts["weight_shape"].tolist()
+    if spec.symmetric:
+        zero_points = torch.full(scales.shape, spec.middle_code, dtype=torch.uint8)
+    else:
+        zero_points = unpack_in_order(parts["weight_zero_point"].T.contiguous(), spec.bits, n_out).T.contiguous()
+    return QuantizedWeight(unpack_in_order(parts["weight_packed"], spec.bits, n_in), scales, zero_points, spec)
 
 
 def quantization_config(specs: dict[str, QuantSpec], modules: Modules) -> dict[str, Any]:

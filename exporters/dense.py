@@ -5,12 +5,14 @@ In memory (`make_dense`), and in files, where the model is read tensor by tensor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from awq_hf.affine import dequantize_weight
 from awq_hf.experts import AwqExperts
@@ -22,6 +24,7 @@ from awq_hf.linear import AwqLinear
 from awq_hf.matrices import as_kind
 from awq_hf.spec import QuantizedWeight
 from awq_hf.stored import is_finite
+from awq_hf.wording import option
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,7 +35,7 @@ def export(checkpoint: Checkpoint, directory: Path, bar: Bar, dtype: str = "auto
     Raises ValueError for a value that is beyond the dtype.
     """
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype={dtype!r} is not known; choose one of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"{option('dtype', dtype)} is not known; choose one of auto, {', '.join(DTYPES)}")
     check_activations(checkpoint, "dense")
     chosen = DTYPES.get(dtype, checkpoint.dtype)
     config = checkpoint.config_dict if dtype == "auto" else with_dtype(checkpoint.config_dict, dtype)
@@ -55,7 +58,7 @@ def _tensors(checkpoint: Checkpoint, dtype: torch.dtype, bar: Bar) -> Iterator[t
             wide = value.itemsize > checkpoint.dtype.itemsize
             tensor = value.to(dtype) if value.is_floating_point() and not wide else value
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise ValueError(f"{name} has values beyond {dtype}; export it as bfloat16 or float32")
+            raise ValueError(f"{name} has values beyond {dtype}; export it with {option('dtype', 'bfloat16')} or float32")
         yield name, tensor
 
 
@@ -75,6 +78,18 @@ def cast(model: nn.Module, old: torch.dtype, dtype: torch.dtype, kept: Collectio
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and tensor.itemsize <= old.itemsize:
             tensor.data = tensor.data.to(torch.float32 if name in kept else dtype)
+
+
+def cast_unsaved(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give buffers that no checkpoint holds, such as computed positions, the dtype that they have in a model of its class that is made in
+    `dtype`: rotary frequencies stay in float32 whatever it is.
+    """
+    with torch.device("meta"):
+        made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    saved = model.state_dict()
+    dtypes = {name: buffer.dtype for name, buffer in made.named_buffers() if name not in saved}
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.data.to(dtypes.get(name, buffer.dtype))
 
 
 def dense_module(module: AwqLinear, dtype: torch.dtype) -> nn.Module:

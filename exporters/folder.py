@@ -15,6 +15,7 @@ from torch import Tensor
 from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.headers import INDEX, WEIGHTS
 from awq_hf.spec import QuantizedWeight
+from awq_hf.wording import option
 
 MAX_SHARD_SIZE = "4GB"
 Bar = Callable[..., Any]  # of tqdm's signature
@@ -61,7 +62,7 @@ def in_bytes(size: str | int) -> int:
     """Bytes, or a number of them with a unit: 500MB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", str(size).upper())
     if match is None or not float(match[1]):
-        raise ValueError(f'max_shard_size={size!r} is not a size; give bytes, or a number with KB, MB or GB: "4GB"')
+        raise ValueError(f'{option("max_shard_size", size)} is not a size; give bytes, or a number with KB, MB or GB: "4GB"')
     return int(float(match[1]) * 1000 ** " KMG".index(match[2] or " "))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.exporters.folder import MAX_SHARD_SIZE, Bar, items_with_bar, packed_tensors, write_folder, write_json
 from awq_hf.exporters.modules import Modules, find_modules
 from awq_hf.exporters.refusals import check_activations, check_linears, check_quantized
-from awq_hf.kernels.layout import pack_in_order
+from awq_hf.kernels.layout import pack_in_order, unpack_in_order
 from awq_hf.skip_list import FUSED
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
@@ -69,6 +70,19 @@ def pack_weight(weight: QuantizedWeight, v1: bool) -> dict[str, Tensor]:
         "scales": weight.scales.T.contiguous(),
         "g_idx": torch.arange(in_features, dtype=torch.int32) // weight.spec.group_width(in_features),
     }
+
+
+def unpack_weight(parts: Mapping[str, Tensor], spec: QuantSpec, v1: bool) -> QuantizedWeight:
+    """parts: the tensors by the last part of their names, of which g_idx is in order. Inverse of `pack_weight`.
+
+    Raises ValueError for a zero point of 2^bits, which v1 can mean.
+    """
+    scales = parts["scales"].T.contiguous()
+    zero_points = unpack_in_order(parts["qzeros"], spec.bits, len(scales)).T.contiguous()
+    if v1 and bool((zero_points == spec.max_code).any()):
+        raise ValueError(f"a zero point is {spec.max_code + 1} or 0, which readers of GPTQ's first format do not agree on")
+    q = unpack_in_order(parts["qweight"].T.contiguous(), spec.bits, len(parts["g_idx"]))
+    return QuantizedWeight(q, scales, zero_points + 1 if v1 else zero_points, spec)
 
 
 def quantization_config(specs: dict[str, QuantSpec], modules: Modules) -> dict[str, Any]:

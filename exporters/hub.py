@@ -19,8 +19,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, validate_repo_id
 
-from awq_hf.exporters.hub_errors import CommitRetries, Stage, checked_token, explained, patiently, sent
+from awq_hf.exporters.hub_errors import CommitRetries, Stage, checked_token, explained, has_token, patiently, sent
 from awq_hf.exporters.hub_files import collect, is_weights
+from awq_hf.wording import option
 
 CARD = "README.md"
 MakeCard = Callable[[str, str | None], Mapping[str, bytes | None]]
@@ -32,7 +33,8 @@ class PushResult:
     """commit: its sha; commit, commit_url and pull_request are None where there is none. url: where to look at it. Paths in the repository:
 
     uploaded, with their bytes: what it did not hold, or held with other content; unchanged; kept: what a person wrote there; removed:
-    weights that the new ones replace. Of a dry run: what would be.
+    weights that the new ones replace. Of a dry run: what would be. asked: whether the Hub was; without a token, a dry run knows nothing of
+    what the repository holds, and whether it may be written to.
     """
 
     repo_id: str
@@ -42,6 +44,7 @@ class PushResult:
     pull_request: str | None = None
     created: bool = False
     dry_run: bool = False
+    asked: bool = True
     uploaded: dict[str, int] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -54,14 +57,14 @@ class PushResult:
 
 @dataclass
 class Repository:
-    """A place on the Hub to push to. revision: a branch; exists, has_revision: whether they are there yet."""
+    """A place on the Hub to push to. revision: a branch; exists, has_revision: whether they are there yet, None where nobody asked."""
 
     api: HfApi
     repo_id: str
     revision: str = "main"
     create_pr: bool = False
-    exists: bool = False
-    has_revision: bool = False
+    exists: bool | None = False
+    has_revision: bool | None = False
 
     @property
     def url(self) -> str:
@@ -92,9 +95,17 @@ class Repository:
 
 
 def find_repository(
-    repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False, token: str | bool | None = None
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    dry_run: bool = False,
 ) -> Repository:
     """Look at where a push would go, and change nothing. A name without an owner is the token's user's.
+
+    dry_run: nothing will be pushed, and without a token nothing is looked at.
 
     Raises ValueError for a name or revision that cannot be pushed to and for a public repository where `private` is asked for,
     PermissionError for a token that is missing, refused (401) or only reads, and ConnectionError when the Hub does not answer.
@@ -104,6 +115,8 @@ def find_repository(
     except HFValidationError:
         raise ValueError(f"{repo_id!r} is not the name of a repository; give owner/name, or a name in your own namespace") from None
     api = HfApi(token=checked_token(token), library_name="awq-hf", library_version=version("awq-hf"))
+    if dry_run and not has_token(api.token):
+        return Repository(api, repo_id, revision or "main", create_pr, exists=None, has_revision=None)
     with explained(repo_id, api.token):
         user = patiently(api.whoami)
         target = Repository(api, repo_id if "/" in repo_id else f"{user['name']}/{repo_id}", revision or "main", create_pr)
@@ -116,8 +129,8 @@ def check_not_original(repo_id: str, original: str) -> None:
     """Raises ValueError where a push would replace the weights of the model that was quantized."""
     if repo_id.lower() == original.lower():
         raise ValueError(
-            f"{repo_id} is the original model, whose weights would be replaced; choose another name, a branch of it (revision, "
-            "--revision) or a pull request (create_pr, --create-pr)"
+            f"{repo_id} is the original model, whose weights would be replaced; choose another name, a branch of it "
+            f"({option('revision')}) or a pull request ({option('create_pr', True)})"
         )
 
 
@@ -131,7 +144,7 @@ def _check_role(user: Mapping[str, Any], target: Repository) -> None:
     if role == "write" and not target.create_pr and owner not in {user["name"], *(org["name"] for org in user.get("orgs", ()))}:
         raise PermissionError(
             f"{user['name']}, whose token this is, does not belong to {owner}, so {target.repo_id} cannot be written to; "
-            "check the name, or open a pull request on a repository that exists (create_pr, --create-pr)"
+            f"check the name, or open a pull request on a repository that exists ({option('create_pr', True)})"
         )
 
 
@@ -149,7 +162,9 @@ def _look(target: Repository, private: bool | None) -> None:
         return
     target.exists = True
     if private and not info.private:
-        raise ValueError(f"{name} exists and is public, and private is for new repositories; choose another name, or change its settings")
+        raise ValueError(
+            f"{name} exists and is public, and {option('private')} is for new repositories; choose another name, or change its settings"
+        )
     if revision == "main":
         target.has_revision = True
         return
@@ -158,7 +173,7 @@ def _look(target: Repository, private: bool | None) -> None:
         target.has_revision = True
     except RevisionNotFoundError:
         if revision.startswith("refs/") or target.create_pr:
-            raise ValueError(f"{name} has no revision {revision}; create the branch first, or leave the revision out") from None
+            raise ValueError(f"{name} has no revision {revision}; create the branch first, or leave {option('revision')} out") from None
         return
     if sha.startswith(revision) or revision in {tag.name for tag in patiently(lambda: target.api.list_repo_refs(name)).tags}:
         raise ValueError(f"{revision} of {name} is a commit or a tag, which cannot be written to; give the name of a branch")
@@ -196,7 +211,7 @@ def push_directory(
     as above, which say what the repository holds and how to go on. Nothing of the commit is visible before all of it is there.
     """
     files = collect(Path(directory))
-    result = PushResult(target.repo_id, target.url, created=not target.exists, dry_run=dry_run)
+    result = PushResult(target.repo_id, target.url, created=target.exists is False, dry_run=dry_run, asked=target.exists is not None)
     with explained(target.repo_id, target.api.token) as stage, _bars(progress):
         plan = _make_plan(target, files, make_card)
         if not dry_run:

@@ -39,6 +39,11 @@ def checked_token(token: str | bool | None) -> str | bool | None:
     return token
 
 
+def has_token(token: str | bool | None) -> bool:
+    """Whether the client has one to send: this, or where it is None or True, that of `hf auth login` or HF_TOKEN."""
+    return isinstance(token, str) or (token is not False and get_token() is not None)
+
+
 def status_of(error: BaseException) -> int | None:
     """The HTTP status; None where the connection broke."""
     return getattr(getattr(error, "response", None), "status_code", None)

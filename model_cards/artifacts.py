@@ -13,13 +13,16 @@ from typing import Any
 
 from awq_hf.exporters.table import TARGETS
 from awq_hf.headers import INDEX, WEIGHTS, Headers, read_headers, weight_files
+from awq_hf.serving import slow_as_awq
 from awq_hf.skip_list import caveats
+from awq_hf.spec import GROUP_SIZES, QuantSpec
 
 ROOT = "."
 _PACKED = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed"}  # format -> what holds the codes
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _NAMES = {"awq": "AWQ", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
 _READERS = {"gptq": ("SGLang", "GPTQModel"), "awq": ("vLLM", "SGLang", "transformers", "MLX")}
+SERVERS = ("vLLM", "SGLang")
 _OF_ANY_CLASS = ("awq-hf", "transformers", "compressed-tensors", "GPTQModel")  # the others run models that write text
 AUTO_CLASSES = {  # how the names of classes that write text end
     "ForCausalLM": "AutoModelForCausalLM",
@@ -35,8 +38,8 @@ class Artifact:
 
     path: relative to the directory, as evaluation.json names it; files: of the weights, likewise. format: awq, gptq, compressed-tensors,
     gguf, float, or another's quant_method. bits: widths of the codes. tag: what the Hub, llama.cpp and Ollama call a GGUF file's type,
-    None where its name has no such part. readers: programs. made: how, as a GGUF file says it. obstacles: why vLLM and SGLang refuse it,
-    in spite of the format.
+    None where its name has no such part. readers: programs; slow: those of them that have fast kernels for these weights, but not in this
+    format. made: how, as a GGUF file says it. obstacles: why vLLM and SGLang refuse it, in spite of the format.
     """
 
     path: str
@@ -48,6 +51,7 @@ class Artifact:
     bits_per_weight: float | None = None
     tag: str | None = None
     readers: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
     made: str | None = None
     obstacles: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
@@ -108,6 +112,7 @@ def _checkpoint(directory: Path, folder: Path, shapes: dict[str, tuple[int, int]
     obstacles = _obstacles(stored, headers) if method == "awq" else ()
     named = config.get("architectures") or [None]
     readers = [name for name in _readers(method, stored, bits) if writes_text(str(named[0])) or name in _OF_ANY_CLASS]
+    readers = [name for name in readers if not obstacles or name not in SERVERS]
     return Artifact(
         path=folder.relative_to(directory).as_posix(),
         format=method,
@@ -116,7 +121,8 @@ def _checkpoint(directory: Path, folder: Path, shapes: dict[str, tuple[int, int]
         size=sum(path.stat().st_size for path in paths),
         bits=bits,
         bits_per_weight=_bits_per_weight(method, bits, headers, shapes),
-        readers=tuple(reader for reader in readers if not obstacles or reader not in ("vLLM", "SGLang")),
+        readers=tuple(readers),
+        slow=tuple(name for name in readers if name in SERVERS and _is_slow(method, stored, bits)),
         obstacles=obstacles,
         config=config,
     )
@@ -145,10 +151,16 @@ def _readers(method: str, stored: dict[str, Any], bits: tuple[int, ...]) -> tupl
     if method == "awq" and (bits != (4,) or str(stored.get("version", "gemm")).lower() != "gemm"):
         return ("awq-hf",)
     if method == "compressed-tensors":
-        return ("vLLM", "SGLang") if {*bits} <= {4, 8} else ("compressed-tensors",)
+        return SERVERS if {*bits} <= {4, 8} else ("compressed-tensors",)
     if method == "gptq" and stored.get("sym") and {*bits} <= {4, 8}:
         return ("vLLM", *_READERS["gptq"])
     return _READERS.get(method, ())
+
+
+def _is_slow(method: str, stored: dict[str, Any], bits: tuple[int, ...]) -> bool:
+    group = stored.get("group_size", stored.get("q_group_size"))
+    symmetric = stored.get("zero_point", not stored.get("sym", False)) is False
+    return method == "awq" and len(bits) == 1 and group in GROUP_SIZES and slow_as_awq(QuantSpec(bits[0], group, symmetric))
 
 
 def _obstacles(stored: dict[str, Any], headers: Headers) -> tuple[str, ...]:

@@ -13,9 +13,12 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json
+from awq_hf.evaluation_table import is_strange
+from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
+from awq_hf.wording import option
 
 REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
+FAST_TARGET = "compressed-tensors"  # of an export, for weights that servers run slowly as AWQ
 ORIGINAL, PLAIN = "original", "plain rounding"  # rows of evaluation.json that describe no file here
 
 
@@ -90,8 +93,17 @@ class Facts:
         return [artifact for artifact in self.artifacts if artifact.format == "gguf"]
 
     @property
+    def served_folders(self) -> list[Artifact]:
+        """Exports that vLLM and SGLang load, out of a folder."""
+        return [a for a in self.artifacts if a.path != ROOT and writes_text(a.class_name) and "vLLM" in a.readers]
+
+    @property
     def layers(self) -> list[dict[str, Any]]:
         return self.report["layers"] if self.report else []
+
+    def is_strange(self, sample: tuple[str, str, int, int]) -> bool:
+        """Whether the text of this sample is strange to all models that were measured on it."""
+        return is_strange(row.perplexity for row in self.rows if row.sample == sample)
 
     def row(self, artifact: Artifact) -> Measured | None:
         return next((row for row in self.rows if artifact.path in row.files or {*artifact.files} & {*row.files}), None)
@@ -105,7 +117,9 @@ class Facts:
 
 
 def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Facts:
-    """Raises ValueError for a directory without a model, for files that cannot be read, and for names that are no Hub ids."""
+    """Raises ValueError for a directory without a model, and for a float model that no report.json says was ever quantized; for files that
+    cannot be read, and for names that are no Hub ids.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that awq-hf quantize wrote")
@@ -116,6 +130,11 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
     artifacts = find_artifacts(path, shapes)
     if not artifacts:
         raise ValueError(f"{directory} holds no model: neither config.json with safetensors files nor a GGUF file is there")
+    if report is None and all(artifact.format == "float" for artifact in artifacts):
+        raise ValueError(
+            f"{directory} holds a float model, and nothing that is quantized: this card would tell of what was not done. Give the "
+            "directory that awq-hf quantize or export wrote; a README.md of your own is pushed as it is"
+        )
     evaluation = read_json(path / EVALUATION) if (path / EVALUATION).is_file() else {}
     name = repo_id or path.resolve().name
     return Facts(
@@ -157,6 +176,9 @@ def missing(facts: Facts) -> list[tuple[str, str]]:
         found.append(("the licence, which the original's card does not say", "write it into the original's card, or edit README.md"))
     if facts.report is None:
         found.append(("what was done to the layers", command("quantize", source, "OUT")))
+    if facts.root and facts.root.slow and not facts.served_folders:
+        again = command("export", FAST_TARGET, facts.directory, str(Path(facts.directory) / FAST_TARGET))
+        found.append((f"a form that {' and '.join(facts.root.slow)} run with their fast kernels, as they do not run symmetric AWQ", again))
     unmeasured = [artifact.path for artifact in facts.artifacts if facts.row(artifact) is None]
     if unmeasured:
         files = ", ".join("the checkpoint" if path == ROOT else path for path in unmeasured)
@@ -213,10 +235,10 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def check_hub_id(option: str, name: str | None) -> None:
+def check_hub_id(what: str, name: str | None) -> None:
     """Raises ValueError for what cannot be the name of a repository; None is no name."""
     if name is not None and not _is_hub_id(name):
-        raise ValueError(f"{option}={name!r} is not the id of a repository; give owner/name")
+        raise ValueError(f"{option(what, name)} is not the id of a repository; give owner/name")
 
 
 def _is_hub_id(name: str) -> bool:

@@ -68,13 +68,14 @@ def _tags(facts: Facts, inherited: Any) -> list[str]:
 
 def _results(facts: Facts, task: str) -> list[EvalResult]:
     first = {id(row): (row, artifact.path) for artifact in reversed(facts.artifacts) if (row := facts.row(artifact))}
-    return [result for row, path in reversed(first.values()) for result in _of_row(row, path, task)]
+    return [result for row, path in reversed(first.values()) for result in _of_row(row, path, task, facts.is_strange(row.sample))]
 
 
-def _of_row(row: Measured, path: str, task: str) -> list[EvalResult]:
+def _of_row(row: Measured, path: str, task: str, strange: bool) -> list[EvalResult]:
+    """strange: the text is, so its perplexity would be read as a fault of the model's."""
     what = "" if path == ROOT else f", {path}"
     figures = (
-        ("perplexity", f"Perplexity{what}", row.perplexity),
+        ("perplexity", f"Perplexity{what}", None if strange else row.perplexity),
         ("kl_divergence", f"KL divergence to the original in nats{what}", row.kl),
         ("top1_agreement", f"Same top-1 token as the original{what}", row.top1),
     )

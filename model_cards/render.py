@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from awq_hf.evaluation_table import perplexity, with_error
+from awq_hf.evaluation_table import STRANGE_TEXT, perplexity, with_error
 from awq_hf.model_cards.artifacts import AUTO_CLASSES, ROOT, Artifact, writes_text
-from awq_hf.model_cards.facts import ORIGINAL, PLAIN, Facts, Measured
+from awq_hf.model_cards.facts import FAST_TARGET, ORIGINAL, PLAIN, Facts, Measured
 from awq_hf.model_cards.markdown import FILTERS, escape, one_line
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.plots import KL_PLOT, LOSS_PLOT
@@ -72,7 +72,8 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "loss_plot": LOSS_PLOT if LOSS_PLOT in plots else None,
         "kl_plot": KL_PLOT if KL_PLOT in plots else None,
         "snippet_gguf": _gguf_snippet(facts),
-        "folders": [a for a in facts.artifacts if a.path != ROOT and writes_text(a.class_name) and "vLLM" in a.readers],
+        "folders": facts.served_folders,
+        "as_fast": FAST_TARGET,
         "auto_class": _auto_class(facts.class_name),
         "causal": writes_text(facts.class_name),
         "checkpoints": len(facts.artifacts) > len(facts.gguf),
@@ -141,7 +142,9 @@ def _audience(artifact: Artifact) -> str:
         return "awq-hf only"
     if artifact.format == "float":
         return "what reads the original"
-    return AUDIENCE.get(artifact.format, "{}").format(", ".join(artifact.readers)) if artifact.readers else ""
+    fast = [name for name in artifact.readers if name not in artifact.slow]
+    slow = f"; slowly: {', '.join(artifact.slow)}" if artifact.slow else ""
+    return AUDIENCE.get(artifact.format, "{}").format(", ".join(fast)) + slow if artifact.readers else ""
 
 
 def _marks(facts: Facts, artifact: Artifact) -> list[str]:
@@ -172,6 +175,7 @@ def _sample(facts: Facts, rows: list[Measured]) -> dict[str, Any]:
         "tokens": f"{first.tokens:,}" if first.tokens else None,
         "seq_len": first.seq_len,
         "rows": [_quality(facts, row) for row in rows],
+        "strange": STRANGE_TEXT if facts.is_strange(first.sample) else None,
     }
 
 

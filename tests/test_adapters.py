@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from awq_hf import AwqLinear
+import awq_hf
+from awq_hf import AwqLinear, compat
 
 pytestmark = pytest.mark.usefixtures("usual_kernels")
 
@@ -45,28 +49,116 @@ def test_gradients_reach_what_is_below_every_quantized_linear(model: Any, prompt
     assert offset.grad is not None and float(offset.grad.norm()) > 0
 
 
-def test_lora_by_peft(model: Any, prompt: Tensor, tmp_path: Path, make_lora: Callable[[], Any]) -> None:
-    import peft
+@pytest.fixture
+def peft() -> Any:
+    return pytest.importorskip("peft", reason="needs peft")
 
+
+def logits_of(model: Any, prompt: Tensor) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=prompt).logits
+
+
+def test_lora_by_peft(model: Any, prompt: Tensor, tmp_path: Path, peft: Any, recwarn: pytest.WarningsRecorder) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapted = peft.get_peft_model(model, make_lora())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4))
+    assert not [warning for warning in recwarn if "AwqLinear" in str(warning.message)]
     losses = train(adapted, prompt)
     assert losses[-1] < losses[0] - 0.05
     adapted.save_pretrained(tmp_path)
+    trained = logits_of(adapted, prompt)
     base = adapted.unload()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
-    again = peft.PeftModel.from_pretrained(base, tmp_path, config=make_lora())
-    assert float(again(prompt, labels=prompt).loss) < losses[0] - 0.05
+    assert torch.equal(logits_of(peft.PeftModel.from_pretrained(base, tmp_path), prompt), trained)
 
 
-@pytest.fixture
-def make_lora() -> Callable[[], Any]:
-    """As README.md says it."""
-    peft = pytest.importorskip("peft", reason="needs peft")
+def test_an_adapter_is_merged_into_dense_weights_only(quantized_dir: Path, prompt: Tensor, tmp_path: Path, peft: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized_dir, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["k_proj", "down_proj"], r=4))
+    train(adapted, prompt)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for merge in (adapted.merge_and_unload, adapted.merge_adapter):
+        with pytest.raises(ValueError, match=r"cannot be added to packed integers.*model\.dequantize\(\) first"):
+            merge()
+    adapted.dequantize()
+    trained = logits_of(adapted, prompt)
+    merged = adapted.merge_and_unload()
+    assert (logits_of(merged, prompt) - trained).abs().max() < 1e-5 and not any(isinstance(m, AwqLinear) for m in merged.modules())
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), prompt), logits_of(merged, prompt))
+    dense = AutoModelForCausalLM.from_pretrained(quantized_dir, dtype=torch.float32).dequantize()
+    again = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").merge_and_unload()
+    assert torch.equal(logits_of(again, prompt), logits_of(merged, prompt))
 
-    def make() -> Any:
-        lora = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=True)
-        lora._register_custom_module({AwqLinear: peft.tuners.lora.Linear})
-        return lora
 
-    return make
+def test_into_a_conv1d_it_is_merged_transposed(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, peft: Any
+) -> None:
+    config = GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2)
+    model = awq_hf.quantize(random_model(config), small_config(samples=2))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attn.c_proj", "c_attn"], r=4))  # one is square
+    train(adapted, prompt)
+    adapted.dequantize()
+    trained = logits_of(adapted, prompt)
+    assert (logits_of(adapted.merge_and_unload(), prompt) - trained).abs().max() < 1e-5
+
+
+def test_adapters_of_transformers_own_interface(model: Any, quantized_dir: Path, prompt: Tensor, tmp_path: Path, peft: Any) -> None:
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=4))
+    train(model, prompt)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (tmp_path / "config.json").exists()
+    trained = logits_of(model, prompt)
+    loaded = AutoModelForCausalLM.from_pretrained(quantized_dir)
+    loaded.load_adapter(tmp_path)
+    assert torch.equal(logits_of(loaded, prompt), trained)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), prompt), trained)
+
+
+def test_all_linear_is_every_quantized_one(model: Any, peft: Any) -> None:
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    wrapped = {name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+    assert len(wrapped) == 14 and not any("lm_head" in name for name in wrapped)
+    dense = peft.get_peft_model(model.dequantize(), peft.LoraConfig(target_modules="all-linear"), adapter_name="second")
+    assert {name for name, module in dense.named_modules() if "second" in getattr(module, "lora_A", ())} == wrapped
+
+
+@pytest.mark.parametrize("option", [dict(use_dora=True), dict(init_lora_weights="pissa")])
+def test_what_computes_with_the_weight_is_refused(option: dict[str, Any], model: Any, peft: Any) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* computes with the weight itself.*model.dequantize"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **option))
+
+
+def test_peft_keeps_its_ways_with_other_layers(model: Any, peft: Any) -> None:
+    """`model` is there so that PEFT was taught. Twice is as good as once."""
+    from peft.tuners.lora import model as lora
+
+    taught = lora.dispatch_awq
+    compat.teach_peft()
+    assert lora.dispatch_awq is taught
+    plain = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    assert type(plain.base_model.model[0]) is peft.tuners.lora.Linear
+    with pytest.raises(ValueError, match="is not supported"):
+        peft.get_peft_model(nn.Sequential(nn.LayerNorm(4)), peft.LoraConfig(target_modules=["0"]))
+
+
+def test_what_is_replaced_in_peft_is_what_it_calls(peft: Any) -> None:
+    """Both are looked up in their modules when they are called."""
+    import inspect
+
+    from peft.tuners import tuners_utils
+    from peft.tuners.lora import model as lora
+
+    assert "dispatch_awq" in inspect.getsource(lora.LoraModel._create_new_module)
+    assert "_maybe_include_all_linear_layers(" in inspect.getsource(tuners_utils.BaseTuner)
+
+
+def test_without_peft_nothing_is_asked_of_it(quantized_dir: Path) -> None:
+    code = (
+        "import sys; sys.modules['peft'] = None\n"  # an import of it fails
+        "import awq_hf, transformers\n"
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(quantized_dir)!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

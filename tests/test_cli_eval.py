@@ -127,7 +127,18 @@ def test_texts_that_cannot_be_used(
     assert is_one_error(evaluate(original, "--text", text, "--reference", original), "book.txt", message)
 
 
-def test_a_gptq_checkpoint_needs_gptqmodel(
+def test_exports_are_measured_as_the_checkpoint(evaluate: Callable[..., Result], original: Path, demo_dir: Path, tmp_path: Path) -> None:
+    config = awq_hf.AwqConfig.plain_rounding(group_size=64, calibration=demo_dir / "calibration.txt", samples=2, seq_len=64)
+    awq_hf.quantize(original, config, output_dir=tmp_path / "awq")
+    targets = ("compressed-tensors", "gptq")
+    for target in targets:
+        awq_hf.export(tmp_path / "awq", target, tmp_path / target)
+    result = evaluate(tmp_path / "awq", *(tmp_path / target for target in targets), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len({row["perplexity"] for row in json.loads(result.stdout)}) == 1 and len(json.loads(result.stdout)) == 3
+
+
+def test_what_is_not_read_of_a_gptq_checkpoint_needs_gptqmodel(
     evaluate: Callable[..., Result], original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
     monkeypatch.setattr(evaluate_command, "find_spec", lambda _name: None)
@@ -135,7 +146,7 @@ def test_a_gptq_checkpoint_needs_gptqmodel(
     content = json.loads((original / "config.json").read_text(encoding="utf-8"))
     content["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (gptq / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    assert is_one_error(evaluate(gptq), "is a GPTQ checkpoint", "pip install gptqmodel")
+    assert is_one_error(evaluate(gptq), "is gptq of a kind that is not read here (no tensor is named *.qweight)", "pip install gptqmodel")
 
 
 def test_a_model_without_a_tokenizer(evaluate: Callable[..., Result], original: Path, tmp_path: Path, no_weights: None) -> None:
@@ -235,6 +246,14 @@ def test_the_last_table_may_be_narrow_but_not_the_text_below() -> None:
     lines = printed([row("models/4bit"), row("models/3bit"), row("models/2bit")], 80).splitlines()
     below = lines[max(i for i, line in enumerate(lines) if line.startswith("└")) + 1 :]
     assert len(below) == 3 and below[0].startswith("loss diff.: log of the perplexity") and len(lines[-4]) < 40
+
+
+def test_a_strange_text_is_said_and_a_bad_model_is_not_blamed_on_it() -> None:
+    strange = "Every perplexity is above 100"
+    assert strange in printed([row("a", perplexity=4000.0, reference_perplexity=3000.0)], 80)
+    assert strange in printed([row("a", perplexity=4000.0, reference=None, reference_perplexity=None)], 80)
+    assert strange not in printed([row("a", perplexity=4000.0)], 80)  # the original's is 11.5
+    assert strange not in printed([row("a", perplexity=4000.0, reference=None, reference_perplexity=None), row("b", reference=None)], 80)
 
 
 def test_names_are_cut_to_what_tells_them_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, XGLMConfig
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
@@ -164,6 +165,19 @@ def test_dequantize_to_another_dtype(loaded: torch.dtype, wanted: torch.dtype, q
     assert torch.equal(model.model.rotary_emb.inv_freq, rope)  # which is kept in float32
 
 
+@pytest.mark.parametrize("wanted", [torch.float16, torch.float32])
+def test_dequantize_brings_computed_positions_along(
+    wanted: torch.dtype, random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path
+) -> None:
+    """XGLM's are a buffer of the model's dtype, which no checkpoint holds."""
+    sizes = dict(vocab_size=96, d_model=64, ffn_dim=96, num_layers=1, attention_heads=4, max_position_embeddings=128)
+    model: Any = awq_hf.quantize(random_model(XGLMConfig(**sizes), torch.bfloat16), small_config(samples=2))
+    model.dequantize(wanted).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {buffer.dtype for buffer in model.buffers()} == {buffer.dtype for buffer in loaded.buffers()} == {wanted}
+    assert (model(prompt).logits - loaded(prompt).logits).abs().max() < 0.05 * loaded(prompt).logits.abs().max()
+
+
 def test_dequantize_keeps_in_float32_what_loading_would(
     random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path
 ) -> None:
@@ -236,6 +250,13 @@ def test_blocks_of_a_gguf_file_are_not_quantized_again(demo_dir: Path, tmp_path:
     model.hf_quantizer.packed_modules = {"model.layers.0.mlp.up_proj.weight": None}  # as where there is a kernel that computes with them
     with pytest.raises(ValueError, match=r"up_proj.weight is in memory as m.gguf holds it.*GgufConfig\(dequantize=True\)"):
         awq_hf.quantize(model, awq_hf.AwqConfig(tokenizer=demo_dir / "model"))
+
+
+def test_saved_weights_follow_the_umask(quantized_dir: Path) -> None:
+    """Of save_pretrained itself; a server under another user reads them."""
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in quantized_dir.iterdir()}
+    (quantized_dir.parent / "new").touch()
+    assert modes == {stat.S_IMODE((quantized_dir.parent / "new").stat().st_mode)}
 
 
 def test_a_dequantized_checkpoint_needs_no_plugin(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from awq_hf.output import check_output, whole
 
@@ -19,6 +23,22 @@ def test_a_file(there: bool, tmp_path: Path) -> None:
         assert target.exists() == there
     assert target.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_get_the_mode_of_the_umask(umask: int, tmp_path: Path) -> None:
+    """safetensors writes for the owner alone, and another user's server could not read it."""
+    before = os.umask(umask)
+    try:
+        with whole(tmp_path / "out") as partial:
+            partial.mkdir()
+            save_file({"a": torch.zeros(1)}, partial / "a.safetensors")
+        with whole(tmp_path / "b.safetensors") as partial:
+            save_file({"b": torch.zeros(1)}, partial)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"out": 0o777 & ~umask, "a.safetensors": 0o666 & ~umask, "b.safetensors": 0o666 & ~umask}
 
 
 def test_what_was_there_comes_back_when_nothing_takes_its_place(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_without_the_flag_nothing_runs(run: Run, own: Path, demo_dir: Path, tmp_
     for words in commands:
         result = run(*words)
         assert result.status == 1 and f"{own} is a model of the type 'own', whose code comes with it" in result.err, result.err
-        assert "--trust-remote-code, in Python trust_remote_code=True" in result.err
+        assert "if you trust it, say so: --trust-remote-code" in result.err
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         awq_hf.quantize(own, AwqConfig())
     assert not code_ran() and not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from awq_hf.calibration.sources import listed, open_source
 from awq_hf.calibration.tokens import tokenize
+from awq_hf.wording import option
 
 DOCUMENT = "\n<|document|>\n"  # between the documents of the embedded texts
 EMBEDDED = {"calibration": "embedded multi-domain text", "evaluation": "embedded evaluation text"}  # role -> what results call it
@@ -104,7 +105,7 @@ def load_windows(
     where an optional package is needed to read it.
     """
     if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len} is too short; windows need at least 2 tokens")
+        raise ValueError(f"{option('seq_len', seq_len)} is too short; windows need at least 2 tokens")
     source = listed(embedded_texts(role), EMBEDDED[role], 0) if calibration is None else open_source(calibration, role)
     enough = None if samples is None or source.is_small else MARGIN * samples * seq_len
     rows: list[Tensor] = []

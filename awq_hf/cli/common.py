@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from awq_hf.wording import spelled
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 DTYPES_HELP = "float16, bfloat16, float32; auto keeps the checkpoint's."
@@ -65,13 +68,29 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+_CALLED = {"modules_to_not_convert": "skip", "overrides": "override", "device_map": "device"}  # Python's option -> ours, where they differ
+_OFF = {"zero_point": "--symmetric", "search": "--no-search"}  # False of Python's -> our flag
+
+
+def as_option(name: str, *value: Any) -> str:
+    """How a message calls an option on the command line. See awq_hf.wording."""
+    given = value[0] if value else True
+    if given is False:
+        return _OFF[name]
+    called = f"--{_CALLED.get(name, name).replace('_', '-')}"
+    if given is True:
+        return called
+    return " ".join(f"{called} {shlex.quote(str(each))}" for each in (given if isinstance(given, (list, tuple)) else [given]))
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A command that ends an error with one sentence and status 1 (130 when interrupted); with --debug, with its traceback."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with spelled(as_option):
+                function(*args, **kwargs)
         except KeyboardInterrupt:
             typer.echo("interrupted; nothing was written", err=True)
             raise typer.Exit(130) from None

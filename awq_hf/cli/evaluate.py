@@ -71,16 +71,25 @@ def _compared(models: list[str], reference: str | None, text: Path | None, optio
     """A row for each model."""
     import awq_hf
     from awq_hf.classes import class_for, read_config
+    from awq_hf.exporters.reading import PACKAGES, NotReadHere, load_export
     from awq_hf.measure import weights_bytes
 
     def load(given: str) -> Any:
         name, location = located(given)
         trusted = options["trust_remote_code"]
         config = read_config(name, trusted, **location)
-        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-        if method == "gptq" and find_spec("gptqmodel") is None:  # transformers says: name 'QuantizeConfig' is not defined
-            raise ValueError(f"{given} is a GPTQ checkpoint, which transformers reads with gptqmodel; pip install gptqmodel")
         kind = class_for(config, trusted)
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method in PACKAGES:
+            try:
+                return load_export(kind, name, location, **options)
+            except NotReadHere as reason:
+                package = PACKAGES[method]
+                if find_spec(package.replace("-", "_")) is None:  # transformers says: name 'QuantizeConfig' is not defined
+                    raise ValueError(
+                        f"{given} is {method} of a kind that is not read here ({reason}), but by transformers with {package}; "
+                        f"pip install {package}"
+                    ) from reason
         return kind.from_pretrained(name, **location, **options)
 
     results = awq_hf.evaluate_many(

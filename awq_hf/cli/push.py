@@ -32,7 +32,9 @@ def push(
     description: Annotated[str | None, Of(help="Of the commit or the pull request.")] = None,
     base_model: Annotated[str | None, Of(help="Hub id of the original model, for the card.")] = None,
     overwrite_card: Annotated[bool, Of("--overwrite-card", help="Replace the repository's README.md even if a person wrote it.")] = False,
-    dry_run: Annotated[bool, Of("--dry-run", help="Say what would be uploaded, and change nothing.")] = False,
+    dry_run: Annotated[
+        bool, Of("--dry-run", help="Say what would be uploaded, and change nothing. Without a token, the Hub is not asked.")
+    ] = False,
     as_json: Annotated[bool, Of("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Upload a model to the Hub with its card: one commit, when everything has arrived. What is there already is not sent."""
@@ -59,6 +61,11 @@ def summary(result: PushResult) -> str:
         lines.append(f"{_files(len(result.unchanged))} of the same content {'is' if len(result.unchanged) == 1 else 'are'} there already.")
     lines += [f"{path}, of an earlier model there, {'would be' if result.dry_run else 'was'} removed." for path in result.removed]
     lines += [f"{path} there was written or edited by a person and is kept; --overwrite-card replaces it." for path in result.kept]
+    if not result.asked:
+        lines.append(
+            f"The Hub was not asked, since there is no token (`hf auth login`, or HF_TOKEN): whether {result.repo_id} exists, may be "
+            "written to, and holds some of this already is not known."
+        )
     if result.dry_run and result.created:
         lines.append(f"{result.repo_id} does not exist yet; it would be created.")
     return "\n".join(lines)

@@ -102,7 +102,7 @@ def _result(found: Forecast) -> list[str]:
         f"Memory  about {size(memory)} at the peak{free}",
         *_breakdown(found.memory),
         f"Time    about {duration(found.seconds)} for {found.calibration['samples']} windows of {found.calibration['seq_len']} tokens",
-        "Memory and time are estimates; time at the speed that this machine has just now.",
+        "Memory and time are estimates; time at the speed that was measured here just now, which other programs share.",
     ]
     lines[-2:-2] = _serving(found.serving)
     if not found.probed:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from awq_hf.wording import option
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -49,7 +51,7 @@ def find_pre_tokenizer(tokenizer: Tokenizer) -> str:
     except (ValueError, KeyError):
         raise ValueError(
             f"llama.cpp is not known to have this tokenizer's pre-tokenizer: {json.dumps(content['pre_tokenizer'])[:400]}; "
-            "if llama.cpp has it under some name, give that name as pre_tokenizer"
+            f"if llama.cpp has it under some name, give that name as {option('pre_tokenizer')}"
         ) from None
     skips = bool(content["model"].get("ignore_merges"))
     if skips in names:
@@ -58,7 +60,7 @@ def find_pre_tokenizer(tokenizer: Tokenizer) -> str:
     if (token := _reached_otherwise(tokenizer)) is not None:
         raise ValueError(
             f"ignore_merges is {skips} in tokenizer.json, while llama.cpp's {name!r} has {not skips}, and tokens such as {token!r} come "
-            f"out differently; give pre_tokenizer={name!r} to accept that"
+            f"out differently; give {option('pre_tokenizer', name)} to accept that"
         )
     return name
 

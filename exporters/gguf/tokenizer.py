@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from awq_hf.exporters.gguf.pretokenizers import WITHOUT_MARKS, find_pre_tokenizer
+from awq_hf.wording import option
 
 logger = logging.getLogger("awq_hf")
 
@@ -164,7 +165,7 @@ def _scores(content: dict[str, Any], tokens: list[str], types: list[TokenType], 
     if check and (difference := _difference(tokens, types, set(pairs), ranks)):
         raise ValueError(
             f"{difference}, but llama.cpp's SentencePiece algorithm would: its tokens would differ; "
-            "give pre_tokenizer='default' to accept that"
+            f"give {option('pre_tokenizer', 'default')} to accept that"
         )
     scored = (TokenType.NORMAL, TokenType.BYTE, TokenType.UNKNOWN)
     others = [0.0 if kind in scored else _UNUSED_SCORE for kind in types]

@@ -27,6 +27,7 @@ from awq_hf.exporters.gguf.rope import add_rope
 from awq_hf.exporters.gguf.tokenizer import load_tokenizer, read_vocabulary
 from awq_hf.exporters.gguf.types import assign, check_name, encoding, file_type
 from awq_hf.spec import EncodedWeight
+from awq_hf.wording import option
 
 if TYPE_CHECKING:
     from awq_hf.exporters.checkpoint import Checkpoint
@@ -235,7 +236,7 @@ def _free_names(writer: GGUFWriter, target: Path, overwrite: bool) -> list[Path]
     """Of the files to write. Raises FileExistsError, and OSError where there is no room."""
     files: list[Path] = writer.format_shard_names(target)
     if not overwrite and (found := [file for file in files if file.exists()]):
-        raise FileExistsError(f"{found[0]} exists; choose another name, or say overwrite")
+        raise FileExistsError(f"{found[0]} exists; choose another name, or say {option('overwrite', True)}")
     parent = next(folder for folder in target.parents if folder.exists())
     needed, free = sum(info.nbytes for part in writer.tensors for info in part.values()), shutil.disk_usage(parent).free
     if needed > free:

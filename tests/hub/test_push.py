@@ -160,6 +160,20 @@ def test_the_original_is_not_replaced(hub: Hub, directory: Path) -> None:
     assert hub.repos["me/tiny"].files("awq")["model.safetensors"] == (directory / "model.safetensors").read_bytes()
 
 
+def test_dry_run_without_a_token_says_what_is_known_here(hub: Hub, directory: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = awq_hf.push_to_hub(directory, REPO, dry_run=True)
+    monkeypatch.delenv("HF_TOKEN")
+    hub.forget()
+    done = run("push", directory, REPO, "--dry-run")
+    assert done.status == 0 and "Would upload" in done.out and "model.safetensors" in done.out and "would be created" not in done.out
+    assert "The Hub was not asked, since there is no token (`hf auth login`, or HF_TOKEN): whether me/tiny-AWQ exists" in done.out
+    found = json.loads(run("push", directory, REPO, "--dry-run", "--json").out)
+    assert (found["uploaded"], found["asked"], found["created"]) == (wanted.uploaded, False, False) and wanted.asked and not hub.log
+    assert run("push", directory, REPO).refused("no token was found; log in")
+    (directory / ".env").write_text("")
+    assert run("push", directory, REPO, "--dry-run").refused("looks like a secret")
+
+
 def test_dry_run_changes_nothing(hub: Hub, directory: Path, run: Run) -> None:
     done = run("push", directory, REPO, "--dry-run")
     assert done.status == 0 and hub.repos == {}

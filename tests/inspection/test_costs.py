@@ -121,7 +121,8 @@ def test_speed_is_measured() -> None:
     speed = costs.measure_speed("cpu", torch.bfloat16)
     assert 1e8 < speed.flops < 1e15 and 1e8 < speed.model_flops < 1e15 and 1e7 < speed.passes < 1e14 and 1e3 < speed.calls < 1e8
     low, high = costs.estimated_seconds([BLOCK], RECIPE, "cpu", torch.float32)
-    assert 0.7 < low < high == pytest.approx(2 * low)
+    counted = low / costs.LOW
+    assert counted > 1 and high > 2 * counted  # a second of probing is in it; and a run that takes twice as long is within the range
 
 
 def test_a_model_that_does_not_fit(llama_dir: Path, small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

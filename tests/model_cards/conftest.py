@@ -177,6 +177,18 @@ def three_bits(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def symmetric(tmp_path: Path) -> Path:
+    """vLLM and SGLang have no fast kernel for it as AWQ."""
+    path = tmp_path / "tiny-sym"
+    write_checkpoint(path, awq(zero_point=False))
+    write_json(path / "tokenizer.json", {})
+    said = report()
+    said["recipe"]["spec"]["symmetric"] = True
+    write_json(path / "report.json", said)
+    return path
+
+
+@pytest.fixture
 def gguf_only(tmp_path: Path) -> Path:
     """A folder of files that were searched for; report.json is of the search."""
     path = tmp_path / "Tiny-GGUF"

@@ -19,7 +19,7 @@ from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.render import render
 
-from .conftest import COMMIT, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_json
+from .conftest import COMMIT, CONFIG, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_compressed_tensors, write_json
 
 
 def text_of(directory: Path, *arguments: str) -> str:
@@ -77,6 +77,30 @@ def test_bits_per_weight_counts_scales_and_zero_points(bits: int, expected: floa
     assert find_artifacts(tmp_path, shapes)[0].bits_per_weight == expected
 
 
+def test_symmetric_weights_lead_to_the_form_that_servers_run_fast(symmetric: Path) -> None:
+    text = text_of(symmetric, "acme/tiny-sym")
+    assert "vllm serve acme/tiny-sym\n" not in text and "--model-path" not in text
+    assert "awq-hf export compressed-tensors acme/tiny-sym tiny-sym-compressed-tensors\nvllm serve tiny-sym-compressed-tensors\n" in text
+    assert table(text, "Which file should I take?")[1][-1] == "GPUs and servers: transformers, MLX; slowly: vLLM, SGLang"
+    told = dict(missing(gather(symmetric)))
+    assert told["a form that vLLM and SGLang run with their fast kernels, as they do not run symmetric AWQ"] == (
+        f"awq-hf export compressed-tensors {symmetric} {symmetric / 'compressed-tensors'}"
+    )
+    write_compressed_tensors(symmetric / "compressed-tensors")
+    text = text_of(symmetric, "acme/tiny-sym")
+    assert "vllm serve tiny-sym/compressed-tensors\n" in text and "awq-hf export" not in text and "vllm serve acme/tiny-sym\n" not in text
+    assert not any("fast kernels" in what for what, _ in missing(gather(symmetric)))
+
+
+@pytest.mark.parametrize("how", [dict(group_size=16), dict(zero_point=True), dict(zero_point=None), dict(group_size="128")])
+def test_other_weights_are_served_as_they_are(how: dict[str, Any], tmp_path: Path) -> None:
+    """Groups of 16 are slow in every form; what a config does not say is not made up."""
+    write_checkpoint(tmp_path / "x", awq(zero_point=False))
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    change(tmp_path / "x" / "config.json", quantization_config={**config["quantization_config"], **how})
+    assert "vllm serve x\n" in text_of(tmp_path / "x")
+
+
 def test_without_facts_no_sections(foreign: Path, awq_only: Path, full: Path) -> None:
     assert [*make_card(foreign)] == ["README.md"]
     for absent in (
@@ -105,6 +129,25 @@ def test_figures_that_are_no_numbers_are_absent(full: Path) -> None:
     text = text_of(full)
     assert table(text, "Quality")[3][1:] == ["", "", "", ""]
     assert "nan" not in text.lower().replace("finan", "") and " inf" not in text and "model-index" not in text
+
+
+def test_perplexity_of_a_strange_text_is_no_result_of_the_model(full: Path) -> None:
+    """Of the texts that were measured on, one is strange to the model: what the Hub lists has its KL and top-1 only."""
+    strange = dict(text="far.txt", sha256="abc")
+    rows = [row("original", [], 0.0, 4321.0, 1.0, **strange), row("awq-hf", ["."], 0.5, 3999.0, 0.5, **strange)]
+    known = row("Tiny-Q6_K.gguf", ["Tiny-Q6_K.gguf"], 0.2, 400.0, 0.98)  # ten times the original's: a bad file, and not a strange text
+    write_json(full / "evaluation.json", {**evaluation(known), "rows": [*evaluation(known)["rows"], *rows]})
+    results = {result.metric_name: result.metric_value for result in card_data(gather(full)).eval_results or []}
+    assert results == {
+        "KL divergence to the original in nats": 0.5,
+        "Same top-1 token as the original": 0.5,
+        "Perplexity, Tiny-Q6_K.gguf": 400.0,
+        "KL divergence to the original in nats, Tiny-Q6_K.gguf": 0.2,
+        "Same top-1 token as the original, Tiny-Q6_K.gguf": 0.98,
+    }
+    text = text_of(full)
+    assert text.count("Every perplexity is above 100") == 1 and "4321.000" in text
+    assert text.index("`far.txt`") < text.index("Every perplexity is above 100")
 
 
 def test_other_texts_are_other_tables(full: Path) -> None:
@@ -235,6 +278,15 @@ def test_refusals(tmp_path: Path, full: Path) -> None:
     (full / "Tiny-Q6_K.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"Tiny-Q6_K\.gguf cannot be read as GGUF"):
         make_card(full)
+
+
+def test_a_float_model_has_no_card_unless_it_was_quantized_once(full: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "float" / "config.json", CONFIG)
+    shutil.copy(full / "model.safetensors", tmp_path / "float")
+    with pytest.raises(ValueError, match="float holds a float model, and nothing that is quantized"):
+        make_card(tmp_path / "float")
+    shutil.copy(full / "report.json", tmp_path / "float")  # a dense export has it: what was done to its weights
+    assert "as bfloat16" in text_of(tmp_path / "float") and "Calibrated on 16,384 tokens" in text_of(tmp_path / "float")
 
 
 def test_missing_facts_come_with_what_to_do(full: Path, foreign: Path) -> None:

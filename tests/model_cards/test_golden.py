@@ -19,6 +19,7 @@ CASES = {  # fixture -> arguments of make_card
     "full": {"repo_id": "acme/Tiny-AWQ"},
     "awq_only": {},
     "three_bits": {"repo_id": "acme/tiny-3bit"},
+    "symmetric": {"repo_id": "acme/tiny-sym"},
     "gguf_only": {"repo_id": "acme/Tiny-GGUF"},
     "foreign": {"repo_id": "acme/Mystery-AWQ", "base_model": "acme/Mystery"},
 }

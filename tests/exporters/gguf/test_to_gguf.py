@@ -325,7 +325,7 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(
             to_gguf(given, tmp_path / "model.gguf", **{"config": small_config(), "tokenizer": tokenizer, **QUIET, **options})
         assert "\n" not in str(caught.value)
     for given in (model, quantized):
-        with pytest.raises(FileExistsError, match=r"there.gguf exists; choose another name, or say overwrite"):
+        with pytest.raises(FileExistsError, match=r"there.gguf exists; choose another name, or say overwrite=True"):
             to_gguf(given, tmp_path / "there.gguf", config=small_config(), tokenizer=tokenizer, **QUIET)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("there.gguf", "old")]
     assert to_gguf(eight, tmp_path / "f16.gguf", type="F16", tokenizer=tokenizer, **QUIET).types["blk.0.ffn_up.weight"] is Type.F16

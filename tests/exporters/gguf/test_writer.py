@@ -125,7 +125,7 @@ def test_shards_hold_the_same_and_run(folder: Path, model: Any, size: int, runti
     assert all(np.array_equal(found[name].data, expected[name].data) for name in expected)
     assert all(sum(t.n_bytes for t in GGUFReader(file).tensors) <= size or len(GGUFReader(file).tensors) == 1 for file in files)
     assert divergence(model, runtime(files[0]), [5, 6, 7, 8, 9]) < 1e-6
-    with pytest.raises(FileExistsError, match=f"{files[0].name} exists; choose another name, or say overwrite"):
+    with pytest.raises(FileExistsError, match=f"{files[0].name} exists; choose another name, or say overwrite=True"):
         write(folder, tmp_path / "parts.gguf", type="F32", shard_size=size)
 
 

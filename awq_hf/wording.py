@@ -1,0 +1,35 @@
+"""How a message calls an option: as Python does, or as the command line, whichever its reader uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Spelling = Callable[..., str]  # of (name, value), or of the name alone
+
+
+def in_python(name: str, *value: Any) -> str:
+    return f"{name}={value[0]!r}" if value else name
+
+
+_spelling: Spelling = in_python
+
+
+def option(name: str, *value: Any) -> str:
+    """option("bits", 5) is bits=5, and on the command line --bits 5; without a value it is the name alone. name: Python's.
+
+    For what a person reads while it happens. What is kept, as the notes of a report, names options as Python does.
+    """
+    return _spelling(name, *value)
+
+
+@contextmanager
+def spelled(spelling: Spelling) -> Iterator[None]:
+    """Messages that are made in the block call options so."""
+    global _spelling
+    before, _spelling = _spelling, spelling
+    try:
+        yield
+    finally:
+        _spelling = before
