@@ -192,7 +192,7 @@ def test_the_tensor_core_has_the_fragments_of_the_isa(kind: str) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("matrices", [1, 2, 4])
-def test_matrices_are_loaded_by_rows(matrices: int, transposed: bool) -> None:
+def test_matrices_are_loaded_and_stored_by_rows(matrices: int, transposed: bool) -> None:
     values = np.arange(2 * matrices * 64, dtype=np.uint16).reshape(2, matrices, 8, 8)  # of two warps
     found = warps.load_matrices(values.view(np.uint8).reshape(-1, 16), matrices, transposed)
     for register in range(matrices):
@@ -200,4 +200,5 @@ def test_matrices_are_loaded_by_rows(matrices: int, transposed: bool) -> None:
             row, column = thread % 32 // 4, thread % 4 * 2
             one = values[thread // 32, register].T if transposed else values[thread // 32, register]
             assert int(found[register][thread]) == int(one[row, column]) | int(one[row, column + 1]) << 16
+    assert np.array_equal(warps.store_matrices(found, transposed), values.view(np.uint8).reshape(-1, 16))
     assert [*warps.row_threads(64, matrices)[1].ravel()] == [*range(32, 32 + 8 * matrices)]

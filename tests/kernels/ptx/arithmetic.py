@@ -97,6 +97,7 @@ for _bits in ("32", "64"):
     _unsigned = f"u{_bits}"
     _define(f"add.s{_bits}", _unsigned, f"{_unsigned} {_unsigned}", np.add)
     _define(f"sub.s{_bits}", _unsigned, f"{_unsigned} {_unsigned}", np.subtract)
+    _define(f"neg.s{_bits}", _unsigned, _unsigned, np.negative)
     _define(f"mul.lo.s{_bits}", _unsigned, f"{_unsigned} {_unsigned}", np.multiply)
     for _type in (f"s{_bits}", f"u{_bits}", f"b{_bits}"):
         _define(f"setp.eq.{_type}", "pred", f"{_type} {_type}", np.equal)

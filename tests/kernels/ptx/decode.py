@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from tests.kernels.ptx.arithmetic import OPERATIONS, TYPES, bits_of
 from tests.kernels.ptx.handlers import HANDLERS
-from tests.kernels.ptx.memory import SHARED_BASE, Global, Shared, Violation
+from tests.kernels.ptx.memory import Global, Violation
 from tests.kernels.ptx.parse import Address, Function, Instruction, Operand, UnknownPtx
+from tests.kernels.ptx.shared import SHARED_BASE, Shared
+from tests.kernels.ptx.wgmma import WGMMA, Multiplications
 
 Array = NDArray[Any]
 Values = Callable[["Threads"], Array]
@@ -28,6 +30,7 @@ class Threads:
 
     def __init__(self, count: int, memory: Global, shared_size: int, registers: dict[str, Array]) -> None:
         self.memory, self.shared, self.registers = memory, Shared(shared_size, count), registers
+        self.multiplications = Multiplications()
         self.everybody = np.arange(count)
 
     def active(self, mask: Values | None) -> Array:
@@ -87,7 +90,7 @@ class Decoder:
         def get(threads: Threads) -> Array:
             value = threads.registers.get(name)
             if value is None:
-                raise Violation(f"{name} is read and was never written")
+                raise Violation(f"{name} is read and was never written, or is a result that was not waited for")
             return value.view(f"u{value.itemsize}").astype(low).view(dtype) if narrow else value.view(dtype)
 
         return get
@@ -109,7 +112,7 @@ class Decoder:
         if (operation := OPERATIONS.get(instruction.name)) is not None:
             wider = instruction.name.startswith("cvt.")  # may be what it takes the low bits of
             return self.lanewise(operation.result, operation.operands, operation.compute, operands, mask, not wider)
-        for pattern, handler in HANDLERS.items():
+        for pattern, handler in (HANDLERS | WGMMA).items():
             if (match := re.fullmatch(pattern, instruction.name)) is not None:
                 return handler(self, operands, mask, **match.groupdict())
         raise self.unknown(f"the instruction {instruction.name}")

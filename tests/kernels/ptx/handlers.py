@@ -189,6 +189,19 @@ def load_matrix(decoder: Decoder, operands: list[Operand], mask: Values | None, 
     return step
 
 
+def store_matrix(decoder: Decoder, operands: list[Operand], mask: Values | None, count: str, transposed: str | None) -> Step:
+    decoder.expect(operands, 2)
+    decoder.everybody(mask)
+    sources = [decoder.source(name, "b32") for name in decoder.vector(operands[1], int(count))]
+    address, rows = decoder.address(operands[0], "shared"), warps.row_threads(decoder.function.threads, len(sources)).ravel()
+
+    def step(threads: Threads) -> None:
+        values = warps.store_matrices([source(threads) for source in sources], transposed is not None)
+        threads.shared.write(address(threads)[rows], values, rows)
+
+    return step
+
+
 def multiply(decoder: Decoder, operands: list[Operand], mask: Values | None, kind: str) -> Step:
     decoder.expect(operands, 4)
     decoder.everybody(mask)
@@ -245,6 +258,7 @@ HANDLERS: dict[str, Callable[..., Step]] = {
     r"shfl\.sync\.(?P<mode>bfly|idx)\.b32": shuffle,
     r"redux\.sync\.add\.s32": warp_sum,
     r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<transposed>\.trans)?\.shared\.b16": load_matrix,
+    r"stmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<transposed>\.trans)?\.shared\.b16": store_matrix,
     r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16|bf16)\.(?P=kind)\.f32": multiply,
     r"createpolicy\.fractional\.L2::evict_first\.b64": policy,
     r"bra(\.uni)?": branch,

@@ -24,18 +24,26 @@ from tests.kernels.ptx.memory import Global
 POINTERS_OF_TRITON = 2  # to scratch memory, at the end of the parameters; our kernels use none
 
 
+def without_assembler(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
+    """A hook of Triton's compiler, which asks first for what to tell the results in its cache apart by. compiled.py has the assembler."""
+    if stages is None:
+        return "without assembler", ""
+    stages["cubin"] = lambda ptx, metadata: b""
+    return None
+
+
 @functools.cache
 def compiled(
     kernel: Any, signature: tuple[tuple[str, str], ...], constants: Any, attributes: Any, options: Any, sm: int
 ) -> tuple[str, int]:
     """PTX, and bytes of shared memory. The arguments are those of Triton's compiler, as tuples."""
-    hook = lambda backend=None, stages=None, *_: ("", "") if stages is None else stages.update(cubin=lambda ptx, metadata: b"")  # noqa: E731
-    before, triton.knobs.runtime.add_stages_inspection_hook = triton.knobs.runtime.add_stages_inspection_hook, hook
-    try:  # without the assembler: compiled.py has it
+    runtime = triton.knobs.runtime
+    before, runtime.add_stages_inspection_hook = runtime.add_stages_inspection_hook, without_assembler
+    try:
         source = ASTSource(kernel, dict(signature), dict(constants), {path: [*map(list, found)] for path, found in attributes})
         binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(options))
     finally:
-        triton.knobs.runtime.add_stages_inspection_hook = before
+        runtime.add_stages_inspection_hook = before
     return binary.asm["ptx"], binary.metadata.shared
 
 
@@ -76,8 +84,7 @@ class Device:
         return None
 
     def launch(self, kernel: Any, text: str, shared: int, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        memory, addresses = Global(), dict[int, int]()
-        values = []
+        memory, addresses, values = Global(), dict[int, int](), []
         for name, value in arguments.items():
             if isinstance(value, Tensor):
                 assert value.is_contiguous()

@@ -1,4 +1,4 @@
-"""Runs a kernel's PTX for sm_80, program by program (CTA by CTA), with all threads of one in lockstep.
+"""Runs a kernel's PTX for sm_80 or sm_90, program by program (CTA by CTA), with all threads of one in lockstep.
 
 Branches have to be uniform, as the compiler's are, which come from loops and conditions of whole programs. Instructions under a predicate
 are carried out for the threads where it holds.

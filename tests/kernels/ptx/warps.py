@@ -31,6 +31,13 @@ def row_threads(threads: int, matrices: int) -> Array:
     return (np.arange(0, threads, 32)[:, None] + np.arange(8 * matrices)).reshape(-1, matrices, 8)
 
 
+def store_matrices(registers: list[Array], transposed: bool) -> Array:
+    """stmatrix. Inverse of `load_matrices`."""
+    pairs = np.stack([register.reshape(-1, 32) for register in registers], 1)  # [warps, matrices, lanes]
+    values = pairs.view(np.uint16).reshape(*pairs.shape[:2], 8, 8)
+    return np.ascontiguousarray(values.swapaxes(2, 3) if transposed else values).reshape(-1, 8).view(np.uint8)
+
+
 def load_matrices(rows: Array, matrices: int, transposed: bool) -> list[Array]:
     """ldmatrix: rows of eight 16-bit values, uint8 [warps * matrices * 8, 16] -> a register of each matrix, two neighbours of a row (of a
     column, if transposed) for each lane in turn."""
@@ -51,20 +58,36 @@ B = _fragment((0, 0, 0, 0), (0, 1, 8, 9))
 C = _fragment((0, 0, 8, 8), (0, 1, 0, 1))
 
 
+def widened(halves: Array, kind: str) -> Array:
+    """uint16 bits of f16 or bf16 -> float32."""
+    return floats.widen_bf16(halves) if kind == "bf16" else halves.view(np.float16).astype(np.float32)
+
+
 def _values(registers: list[Array], kind: str) -> Array:
     """uint32 [threads] each -> float32 [warps, 32, values]."""
     halves = np.stack(registers, -1).view(np.uint16)
-    wide = floats.widen_bf16(halves) if kind == "bf16" else halves.view(np.float16).astype(np.float32)
-    return wide.reshape(-1, 32, halves.shape[1])
+    return widened(halves, kind).reshape(-1, 32, halves.shape[1])
+
+
+def left_matrices(registers: list[Array], kind: str) -> Array:
+    """A of each warp, [warps, 16, 16]."""
+    values = _values(registers, kind)
+    matrices = np.empty((len(values), 16, 16), np.float32)
+    matrices[:, A[0], A[1]] = values
+    return matrices
+
+
+def result_registers(matrices: Array) -> list[Array]:
+    """C or D of each warp, [warps, 16, columns] -> registers: four for every eight columns."""
+    parts = [matrices[:, C[0], C[1] + first].reshape(-1, 4).T for first in range(0, matrices.shape[2], 8)]
+    return [np.ascontiguousarray(register) for part in parts for register in part]
 
 
 def multiply(a: list[Array], b: list[Array], c: list[Array], kind: str) -> list[Array]:
     """mma.sync.m16n8k16: D = A B + C. Products are exact and added up in float32, here in an order that a tensor core need not have,
     and with roundings that it need not have: only exact sums can be compared bit for bit."""
-    warps = len(a[0]) // 32
-    left, right, total = np.empty((warps, 16, 16), np.float32), np.empty((warps, 8, 16), np.float32), np.empty((warps, 16, 8), np.float32)
-    left[:, A[0], A[1]] = _values(a, kind)
+    left, warps = left_matrices(a, kind), len(a[0]) // 32
+    right, total = np.empty((warps, 8, 16), np.float32), np.empty((warps, 16, 8), np.float32)
     right[:, B[0], B[1]] = _values(b, kind)
     total[:, C[0], C[1]] = np.stack(c, -1).view(np.float32).reshape(warps, 32, 4)
-    total += left @ right.transpose(0, 2, 1)
-    return [*np.ascontiguousarray(total[:, C[0], C[1]].reshape(-1, 4).T)]
+    return result_registers(total + left @ right.transpose(0, 2, 1))
