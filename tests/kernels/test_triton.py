@@ -1,5 +1,6 @@
-"""The Triton kernels: numbers from the interpreter, gates on compiled code and on launches; none needs a GPU (tests/gpu does). Whether
-triton interprets is settled when it is imported, so that each runs in a process of its own, and the rest of the suite sees neither."""
+"""The Triton kernels: numbers from the interpreter and from an executor of the compiled PTX, gates on compiled code and on launches; none
+needs a GPU (tests/gpu does). Whether triton interprets is settled when it is imported, so that each runs in a process of its own, and the
+rest of the suite sees neither."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file, interpret", [("numerics.py", "1"), ("compiled.py", "0"), ("launched.py", "0")])
+@pytest.mark.parametrize("file, interpret", [("numerics.py", "1"), ("executed.py", "0"), ("compiled.py", "0"), ("launched.py", "0")])
 def test_kernels(file: str, interpret: str, tmp_path: Path) -> None:
     pytest_options = ("-q", "-x", "--noconftest", "-p", "no:cacheprovider")
     run = python("-m", "pytest", *pytest_options, str(HERE / file), TRITON_INTERPRET=interpret, TRITON_CACHE_DIR=str(tmp_path))
