@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from awq_hf.matrices import as_kind, as_linear
 from awq_hf.parallel import in_parallel
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
+from awq_hf.residual_errors import ResidualErrors
 from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.transforms.awq_scale import Consumer, Loss, ScaleChoice, nearest, search_scales
 from awq_hf.wording import option
@@ -67,6 +68,7 @@ class BlockWork:
         self.out_scales: dict[str, Tensor] = {}  # producing Linear -> s that its rows are divided by, [out]
         self.float_inputs: dict[str, list[Tensor]] = {}  # a group's first Linear -> x0 of each batch
         self.float_routes: dict[str, list[Tensor]] = {}  # experts -> those of each token, of each batch
+        self.residuals = ResidualErrors(batches)
 
     # Folds
 
@@ -79,6 +81,9 @@ class BlockWork:
             if name in self.specs or name in self.experts:
                 (self.specs if name in self.specs else self.experts).pop(name)
                 self.report.left_in_float[f"{self.name}.{name}"] = why
+        if self.recipe.mends_residuals:
+            alone = [group[0] for group in self.groups if len(group) == 1 and group[0] in self.specs]
+            self.residuals.find(probe, alone, self.experts)
         if self.recipe.scale is None:
             return
         signature = block_signature(self.block)
@@ -91,7 +96,9 @@ class BlockWork:
         leaders = [group[0] for group in self.groups]
         self.float_inputs = {name: [] for name in leaders}
         self.float_routes = {name: [] for name in self.experts}
-        captured = capture_inputs(self.block, calls, [*dict.fromkeys([*leaders, *self.experts])], self.experts)
+        names = [*dict.fromkeys([*leaders, *self.experts, *self.residuals.sources])]
+        captured = capture_inputs(self.block, calls, names, self.experts)
+        self.residuals.keep_float([inputs for inputs, _ in captured])
         for batch, (inputs, _) in zip(self.batches, captured, strict=True):
             for name in self.experts:
                 inputs[name], index = inputs[name]
@@ -182,7 +189,7 @@ class BlockWork:
         """
         targets = {group[0]: [name for name in group if name in self.specs] for group in self.groups}
         stops = sorted({leader for leader, names in targets.items() if names} | self.experts.keys(), key=self.order.index)
-        with PausedForwards(self.block, calls, stops, self.experts) as forwards:
+        with PausedForwards(self.block, calls, stops, self.experts, self.residuals.sources) as forwards:
             for stop in stops:
                 with self.report.timed("quantized stream and statistics"):
                     reached = forwards.inputs(stop) if self.recipe.stream == "quantized" else []
@@ -191,7 +198,7 @@ class BlockWork:
                     reached = [pair and pair[0] for pair in reached]
                 if names := targets.get(stop, []):
                     with self.report.timed("quantized stream and statistics"):
-                        train, held = self._moments(stop, reached)
+                        train, held = self._moments(stop, reached, self.residuals.before(stop, forwards))
                     for spec in dict.fromkeys(self.specs[name] for name in names):
                         self._round([name for name in names if self.specs[name] == spec], spec, train, held)
                     del train, held
@@ -215,17 +222,20 @@ class BlockWork:
         self.layers.update({line.name: line for line in lines})
         self.report.layers += lines
 
-    def _moments(self, leader: str, reached: Sequence[Tensor | None]) -> tuple[Moments, Moments]:
-        """Moments of what the group really gets, with smoothing folded in: (for the search, of the held-out slice)."""
+    def _moments(self, leader: str, reached: Sequence[Tensor | None], lacking: Iterable[Tensor | None]) -> tuple[Moments, Moments]:
+        """Moments of what the group really gets, with smoothing folded in: (for the search, of the held-out slice).
+
+        lacking: what its output, added to the residual stream, is to make up for in each batch.
+        """
         scales = self.in_scales.get(leader)
         if self.recipe.stream == "float":
             train, held = self._float_moments(leader)
             return (train, held) if scales is None else (train.scaled(scales), held.scaled(scales))
         train, held = Moments(), Moments()
-        for batch, x, x0 in zip(self.batches, reached, self.float_inputs[leader], strict=True):
+        for batch, x, x0, d in zip(self.batches, reached, self.float_inputs[leader], lacking, strict=True):
             if x is not None:
                 into = held if batch.held_out else train
-                into.add(batch.real_tokens(x), x0 if scales is None else x0.to(torch.float32) / scales, want_ee=batch.held_out)
+                into.add(batch.real_tokens(x), x0 if scales is None else x0.to(torch.float32) / scales, want_ee=batch.held_out, d=d)
         return train, held if held.tokens else train
 
     def _folded(self, name: str) -> Tensor:
@@ -266,6 +276,7 @@ class BlockWork:
             family=choice.family if choice else "not folded",
             clip=best.clip,
             correction=best.correction,
+            residual=best.residual,
             rounding=best.rounding,
             loss_plain=plain / energy,
             loss=loss / energy,

@@ -48,7 +48,7 @@ class AwqConfig(TransformersAwqConfig):
         right one (or there is none).
     scales_for: "Q4_K" or "Q4_1": scales that this GGUF type holds exactly, so that a GGUF file exported from the result has identical
         weights; costs next to nothing.
-    scale, clip, rounding, correction, stream, shrinkage: the parts of the method, see awq_hf.recipe.Recipe.
+    scale, clip, rounding, correction, residual, stream, shrinkage: the parts of the method, see awq_hf.recipe.Recipe.
 
     Raises ValueError on values that do not exist and TypeError on options that do not exist.
     The class keeps the name of the one it replaces: transformers compares class names when it merges configs.
@@ -71,6 +71,7 @@ class AwqConfig(TransformersAwqConfig):
         clip: bool = True,
         rounding: str = "descent",
         correction: bool = True,
+        residual: bool = True,
         stream: str = "quantized",
         shrinkage: float = 0.3,
         scales_for: str | None = None,
@@ -91,7 +92,7 @@ class AwqConfig(TransformersAwqConfig):
         # After the base class, which has attributes of the same names for GPTQ.
         self.calibration, self.samples, self.seq_len, self.seed, self.batch_size = calibration, samples, seq_len, seed, batch_size
         self.scale, self.clip, self.rounding, self.correction, self.stream = scale, clip, rounding, correction, stream
-        self.shrinkage = shrinkage
+        self.residual, self.shrinkage = residual, shrinkage
         self.scales_for, self.tokenizer, self.backend = scales_for, tokenizer, backend
         self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
         self.output_dir: Path | None = None  # where quantize() will write: checked for room before any work
@@ -138,6 +139,7 @@ class AwqConfig(TransformersAwqConfig):
             stream=self.stream,  # type: ignore[arg-type]
             scales_for=self.scales_for,
             correction=self.correction,
+            residual=self.residual,
             shrinkage=self.shrinkage,
             skip=tuple(self.modules_to_not_convert or ()),
             overrides=tuple((part, None if options is None else self._override(part, options)) for part, options in self.overrides.items()),

@@ -34,7 +34,7 @@ from awq_hf.rounding.descent import codes_by_descent
 from awq_hf.rounding.gptq import RoundingFailed
 from awq_hf.spec import EncodedWeight, QuantSpec
 from awq_hf.transforms.awq_scale import Consumer
-from awq_hf.transforms.correction import corrected_target
+from awq_hf.transforms.correction import Corrected, corrected_target
 
 JUDGED_ROWS = 256  # of a weight, that the target's own quantizer judges smoothing scales by
 
@@ -135,15 +135,15 @@ class EncodingWork(BlockWork):
     def _encode(self, names: list[str], kind: Type, train: Moments, held: Moments) -> None:
         """Encode Linears that share an input and a type, as one matrix."""
         timed, weights = self.report.timed, [self._folded(name) for name in names]
-        aims, strengths = weights, [0.0] * len(weights)
+        corrected = [Corrected(weight, 0.0, None) for weight in weights]
         if self.recipe.correction:
             with timed("correction"):
-                aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
-        energy, together = train.H.diagonal(), torch.cat(aims)
+                corrected = [corrected_target(w, train, held) for w in weights]
+        energy, together = train.H.diagonal(), torch.cat([each.target for each in corrected])
         with timed("encoding"):
             candidates = {"importance": encode(torch.cat(weights), kind, energy)}
             aimed = candidates["importance"]
-            if any(strengths):
+            if any(each.strength or each.residual for each in corrected):
                 aimed = candidates["corrected"] = encode(together, kind, energy)
         if kind in KINDS and self.recipe.rounding != "nearest":
             with timed("rounding"):
@@ -153,11 +153,11 @@ class EncodingWork(BlockWork):
                     self.report.notes.append(f"{self.name}.{names[0]}: {error}; codes were rounded one by one")
         row = 0
         with timed("held-out check"):
-            for name, weight, strength in zip(names, weights, strengths, strict=True):
+            for name, weight, aim in zip(names, weights, corrected, strict=True):
                 rows = slice(row, row := row + len(weight))
-                self._keep(name, weight, {how: data[rows] for how, data in candidates.items()}, strength, train, held)
+                self._keep(name, weight, {how: data[rows] for how, data in candidates.items()}, aim, train, held)
 
-    def _keep(self, name: str, weight: Tensor, candidates: dict[str, Tensor], strength: float, train: Moments, held: Moments) -> None:
+    def _keep(self, name: str, weight: Tensor, candidates: dict[str, Tensor], aim: Corrected, train: Moments, held: Moments) -> None:
         """Take the best candidate of each row on the held-out slice. weight: folded, float32 [out, in]."""
         kind, linear, error_of = self.types[name], self.linears[name], OutputError(weight, held)
         device, original = weight.device, self.linears[name].weight.data.to(torch.float32)
@@ -185,7 +185,8 @@ class EncodingWork(BlockWork):
             alpha=choice.alpha if choice else 0.0,
             family=choice.family if choice else "not folded",
             clip=1.0,
-            correction=strength,
+            correction=aim.strength,
+            residual=aim.residual,
             rounding=" and ".join(chosen),
             loss_plain=plain / output,
             loss=float(errors.amin(0).sum()) / output,

@@ -19,15 +19,16 @@ from awq_hf.rounding.descent import codes_by_descent
 from awq_hf.rounding.gptq import RoundingFailed
 from awq_hf.spec import QuantSpec
 from awq_hf.transforms.awq_clip import search_clip
-from awq_hf.transforms.correction import corrected_target
+from awq_hf.transforms.correction import Corrected, corrected_target
 
 Timed = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight's codes [out, in] and the grid they are on; clip: mean ratio of its steps to unclipped ones; correction: its strength.
+    """A weight's codes [out, in] and the grid they are on; clip: mean ratio of its steps to unclipped ones.
 
+    correction, residual: its strengths (transforms/correction.py).
     rounding: what made the codes; fallback: why it is not what the recipe asks for, or None.
     """
 
@@ -36,6 +37,7 @@ class Rounded:
     rounding: str
     clip: float = 1.0
     correction: float = 0.0
+    residual: float | None = None
     fallback: str | None = None
 
     def dequantized(self) -> Tensor:
@@ -44,11 +46,11 @@ class Rounded:
 
 def round_together(weights: list[Tensor], spec: QuantSpec, recipe: Recipe, train: Moments, held: Moments, timed: Timed) -> list[Rounded]:
     """Round weights that share an input, each float32 [out, in], as one matrix."""
-    aims, strengths = weights, [0.0] * len(weights)
+    corrected = [Corrected(weight, 0.0, None) for weight in weights]
     if recipe.correction:
         with timed("correction"):
-            aims, strengths = map(list, zip(*(corrected_target(w, train, held) for w in weights), strict=True))
-    target, H = torch.cat(aims), train.H  # noqa: N806
+            corrected = [corrected_target(w, train, held) for w in weights]
+    target, H = torch.cat([each.target for each in corrected]), train.H  # noqa: N806
     unclipped = start = choose_grid(target, spec)
     if recipe.clip is not None:
         with timed("clip search"):
@@ -62,10 +64,10 @@ def round_together(weights: list[Tensor], spec: QuantSpec, recipe: Recipe, train
             method, failure = "nearest", str(error)
             codes, grid = ROUNDERS[method](target, start, H, recipe.shrinkage)
     rounded, row = [], 0
-    for weight, strength in zip(weights, strengths, strict=True):
-        rows = slice(row, row := row + len(weight))
+    for aim, strength, residual in corrected:
+        rows = slice(row, row := row + len(aim))
         clip = float((start.scales[rows] / unclipped.scales[rows]).mean())
-        rounded.append(Rounded(codes[rows], grid.rows(rows), method, clip, strength, failure))
+        rounded.append(Rounded(codes[rows], grid.rows(rows), method, clip, strength, residual, failure))
     return rounded
 
 

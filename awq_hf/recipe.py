@@ -21,6 +21,7 @@ class Recipe:
     rounding: "nearest", "gptq" or "descent" (GPTQ, then coordinate descent on codes and scales).
     stream: the inputs that layers are fitted to: of the "float" model, or of the model as "quantized" so far.
     correction: aim at the float model's outputs in spite of the input error of the quantized stream.
+    residual: with correction, layers whose output is added to the residual stream also make up for its errors (folding/residual.py).
     shrinkage: in [0, 1), of the correlations of inputs that rounding is fitted to, so that it holds for other text (rounding/gptq.py).
     skip: Linears whose name contains one of these are left in float.
     overrides: (part of a name, how those Linears are stored, or None to leave them in float); the first that fits counts.
@@ -34,6 +35,7 @@ class Recipe:
     rounding: str = "descent"
     stream: Literal["float", "quantized"] = "quantized"
     correction: bool = True
+    residual: bool = True
     shrinkage: float = 0.3
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
@@ -69,6 +71,11 @@ class Recipe:
         if any(map(called, self.skip)):
             return None
         return next((spec for part, spec in self.overrides if called(part)), self.spec)
+
+    @property
+    def mends_residuals(self) -> bool:
+        """Whether layers make up for errors of the residual stream: only in the quantized stream there are any."""
+        return self.residual and self.correction and self.stream == "quantized"
 
     @property
     def is_uniform(self) -> bool:

@@ -18,11 +18,13 @@ REPORT_NAME = "report.json"
 
 @dataclass
 class LayerReport:
-    """One quantized Linear, or one of all experts of a layer. Losses are held-out output errors as a share of the output's energy.
+    """One quantized Linear, or one of all experts of a layer. Losses are held-out output errors as a share of the output's energy; where
+    residual is a number, errors of the sum of the output and the residual stream that it is added to.
 
     fold: the producer that absorbed the smoothing scales, or None; alpha, family: the scales that won (0: identity).
     dead_channels: input channels that were zero for every calibration token.
-    clip: mean ratio of the clipped to the unclipped step. correction: strength in [0, 1] (transforms/correction.py).
+    clip: mean ratio of the clipped to the unclipped step. correction, residual: strengths in [0, 1] (transforms/correction.py); residual is
+    None where the layer does not make up for errors of the residual stream.
     loss_plain: of plain rounding to nearest of the original weight; loss: of what is stored.
     rounding: the method that produced the codes; fallback: why it is not the one asked for, or None.
     experts: how many matrices of `shape` it stands for; few_tokens: numbers of those that fewer calibration tokens reached than a row has
@@ -45,6 +47,7 @@ class LayerReport:
     fallback: str | None = None
     experts: int = 1
     few_tokens: list[int] = field(default_factory=list)
+    residual: float | None = None
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 python -m benchmarks.ablation                                            the demonstration model
 python -m benchmarks.ablation --model DIR --text FILE --group-size 32    another one
+
+--only VARIANT ... measures these rows, and keeps the others as results/ has them.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from awq_hf.block import BlockWork
 from awq_hf.calibration.stream import Call
 from awq_hf.folding import FoldPoint
 from awq_hf.transforms.awq_scale import Loss
-from benchmarks.common import Subject, publish, quiet
+from benchmarks.common import Subject, publish, quiet, read
 
 NEAREST: dict[str, Any] = dict(rounding="nearest", correction=False, stream="float")
+PLAIN, DEFAULT = "plain rounding", "scale + clip + descent + correction + residual (default)"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain rounding": dict(scale=False, clip=False, **NEAREST),
+    PLAIN: dict(scale=False, clip=False, **NEAREST),
     "scale": dict(clip=False, **NEAREST),
     "scale, module-output loss": dict(clip=False, **NEAREST),
     "clip": dict(scale=False, **NEAREST),
@@ -36,11 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scale + clip + GPTQ, float stream": dict(rounding="gptq", correction=False, stream="float"),
     "scale + clip + GPTQ": dict(rounding="gptq", correction=False),
     "scale + clip + descent": dict(correction=False),
-    "scale + clip + GPTQ + correction": dict(rounding="gptq"),
-    "clip + descent + correction": dict(scale=False),
-    "scale + descent + correction": dict(clip=False),
-    "scale + clip + descent + correction, no shrinkage": dict(shrinkage=0.0),
-    "scale + clip + descent + correction (default)": {},
+    "scale + clip + GPTQ + correction": dict(rounding="gptq", residual=False),
+    "clip + descent + correction": dict(scale=False, residual=False),
+    "scale + descent + correction": dict(clip=False, residual=False),
+    "scale + clip + descent + correction, no shrinkage": dict(shrinkage=0.0, residual=False),
+    "scale + clip + descent + correction": dict(residual=False),
+    DEFAULT: {},
 }
 
 
@@ -92,14 +96,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     options = parser.parse_args()
     quiet()
     subject = Subject.from_directory(options.model, options.text) if options.model else Subject.packaged()
     original = subject.load()
     cases = [(4, options.group_size), (3, options.group_size), (2, min(64, options.group_size))]
-    rows: list[dict[str, Any]] = []
+    result = f"ablation_{subject.name}"
+    rows = {} if len(options.only) == len(VARIANTS) else {row["variant"]: row for row in read(result)}
     plain: dict[tuple[int, int], float] = {}
-    for name, variant in VARIANTS.items():
+    for name in dict.fromkeys([PLAIN, *options.only]):
+        variant = VARIANTS[name]
         run = functools.partial(pipeline.run, make_work=ModuleOutputWork if "module-output" in name else BlockWork)
         row: dict[str, Any] = {"variant": name}
         for bits, group_size in cases:
@@ -109,9 +116,10 @@ def main() -> None:
             assert kl is not None
             row[f"{bits} bits g{group_size}"] = kl / plain.setdefault((bits, group_size), kl)
         row["seconds"] = model.awq_report.seconds["total"]
-        rows.append(row)
+        rows[name] = row
         print(row, flush=True)
-    publish(f"ablation_{subject.name}", f"{subject.name}: KL as a share of plain rounding's, 64 x 256 calibration tokens", rows)
+    title = f"{subject.name}: KL as a share of plain rounding's, 64 x 256 calibration tokens"
+    publish(result, title, [rows[name] for name in VARIANTS if name in rows])
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def publish(name: str, title: str, rows: list[dict[str, Any]]) -> None:
     write(name, title, rows)
 
 
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of results/<name>.json."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return rows
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title)
     for row in rows:

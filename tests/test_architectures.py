@@ -42,6 +42,7 @@ OPT_SIZES = dict(
     eos_token_id=2,
 )
 TINY = dict(vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+GPT2_SIZES = dict(**TINY, n_embd=64, n_layer=2, n_head=4, n_positions=128)
 MULTI_HEAD = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 FALCON_SIZES = dict(**TINY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 WINDOWED = dict(head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"])  # windows are longer than 8
@@ -130,12 +131,17 @@ BERT: Folds = {  # norms come after the branches, and the residual reads them to
 }
 
 
+BERT_ADDS = "attention.output.dense output.dense"
+NONE = ""  # of Linears that are added: a norm comes in between, or branches side by side
+
+
 class Architecture(NamedTuple):
     config: str
     sizes: dict[str, Any]
     folds: Folds
     auto: str = "AutoModelForCausalLM"
     alone: tuple[str, ...] = ()  # entries of the skip list, but for the head's
+    added: str = "self_attn.o_proj mlp.down_proj"  # Linears whose output is added to the residual stream by itself
 
 
 ARCHITECTURES = {
@@ -144,33 +150,43 @@ ARCHITECTURES = {
     "mistral": Architecture("MistralConfig", {**SIZES, "sliding_window": 8}, LLAMA),
     "qwen2": Architecture("Qwen2Config", SIZES, LLAMA),
     "qwen3": Architecture("Qwen3Config", {**SIZES, "head_dim": 32}, LLAMA),
-    "gemma3": Architecture("Gemma3TextConfig", {**SIZES, **WINDOWED}, GEMMA),
-    "gemma2": Architecture("Gemma2Config", {**SIZES, **WINDOWED}, GEMMA),
+    "gemma3": Architecture("Gemma3TextConfig", {**SIZES, **WINDOWED}, GEMMA, added=NONE),
+    "gemma2": Architecture("Gemma2Config", {**SIZES, **WINDOWED}, GEMMA, added=NONE),
     "phi3": Architecture("Phi3Config", SIZES, PHI3),
-    "opt": Architecture("OPTConfig", OPT_SIZES, OPT),
+    "opt": Architecture("OPTConfig", OPT_SIZES, OPT, added="self_attn.out_proj fc2"),
     "stablelm": Architecture("StableLmConfig", {**SIZES, "use_qkv_bias": True}, LLAMA),
-    "granite": Architecture("GraniteConfig", SIZES, LLAMA),
-    "cohere": Architecture("CohereConfig", SIZES, {"input_layernorm": f"{QKV} {GATED}", **VALUES, **UP}),  # parallel branches
-    "olmo2": Architecture("Olmo2Config", SIZES, {None: f"{QKV} {GATED}", **VALUES, **UP}),  # norms come after the branches
-    "glm4": Architecture("Glm4Config", {**SIZES, "head_dim": 16}, GLM4),
-    "phi": Architecture("PhiConfig", SIZES, PHI),
+    "granite": Architecture("GraniteConfig", {**SIZES, "residual_multiplier": 0.22}, LLAMA),
+    "cohere": Architecture("CohereConfig", SIZES, {"input_layernorm": f"{QKV} {GATED}", **VALUES, **UP}, added=NONE),  # parallel branches
+    "olmo2": Architecture("Olmo2Config", SIZES, {None: f"{QKV} {GATED}", **VALUES, **UP}, added=NONE),  # norms come after the branches
+    "glm4": Architecture("Glm4Config", {**SIZES, "head_dim": 16}, GLM4, added=NONE),
+    "phi": Architecture("PhiConfig", SIZES, PHI, added=NONE),
     "nemotron": Architecture("NemotronConfig", SIZES, NEMOTRON),
-    "starcoder2": Architecture("Starcoder2Config", {**SIZES, "use_bias": True}, STARCODER2),
-    "neox": Architecture("GPTNeoXConfig", MULTI_HEAD, NEOX),
-    "neox, one after the other": Architecture("GPTNeoXConfig", {**MULTI_HEAD, "use_parallel_residual": False}, NEOX),
-    "falcon": Architecture("FalconConfig", {**FALCON_SIZES, "multi_query": True}, FALCON),
-    "falcon, alibi": Architecture("FalconConfig", {**FALCON_SIZES, "multi_query": False, "alibi": True, "bias": True}, FALCON),
-    "falcon, new decoder": Architecture("FalconConfig", {**FALCON_SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}, FALCON_2),
-    "bloom": Architecture("BloomConfig", {**TINY, "n_layer": 2, "n_head": 4, "hidden_size": 64}, BLOOM),
-    "mpt": Architecture("MptConfig", {**TINY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, MPT),
-    "gpt2": Architecture("GPT2Config", {**TINY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, GPT2),
-    "gpt-bigcode": Architecture("GPTBigCodeConfig", {**TINY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, GPT2),
-    "bert": Architecture("BertConfig", MULTI_HEAD, BERT, "AutoModelForMaskedLM", ("cls",)),
-    "bert, classifier": Architecture("BertConfig", MULTI_HEAD, BERT, "AutoModelForSequenceClassification", ("bert.pooler", "pooler")),
+    "starcoder2": Architecture("Starcoder2Config", {**SIZES, "use_bias": True}, STARCODER2, added="self_attn.o_proj mlp.c_proj"),
+    "neox": Architecture("GPTNeoXConfig", MULTI_HEAD, NEOX, added=NONE),
+    "neox, one after the other": Architecture(
+        "GPTNeoXConfig", {**MULTI_HEAD, "use_parallel_residual": False}, NEOX, added="attention.dense mlp.dense_4h_to_h"
+    ),
+    "falcon": Architecture("FalconConfig", {**FALCON_SIZES, "multi_query": True}, FALCON, added=NONE),
+    "falcon, alibi": Architecture("FalconConfig", {**FALCON_SIZES, "multi_query": False, "alibi": True, "bias": True}, FALCON, added=NONE),
+    "falcon, new decoder": Architecture(
+        "FalconConfig", {**FALCON_SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}, FALCON_2, added=NONE
+    ),
+    "bloom": Architecture(
+        "BloomConfig", {**TINY, "n_layer": 2, "n_head": 4, "hidden_size": 64}, BLOOM, added="self_attention.dense mlp.dense_4h_to_h"
+    ),
+    "mpt": Architecture(
+        "MptConfig", {**TINY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, MPT, added="attn.out_proj ffn.down_proj"
+    ),
+    "gpt2": Architecture("GPT2Config", GPT2_SIZES, GPT2, added="attn.c_proj mlp.c_proj"),
+    "gpt-bigcode": Architecture("GPTBigCodeConfig", GPT2_SIZES, GPT2, added="attn.c_proj mlp.c_proj"),
+    "bert": Architecture("BertConfig", MULTI_HEAD, BERT, "AutoModelForMaskedLM", ("cls",), BERT_ADDS),
+    "bert, classifier": Architecture(
+        "BertConfig", MULTI_HEAD, BERT, "AutoModelForSequenceClassification", ("bert.pooler", "pooler"), BERT_ADDS
+    ),
     "llama, classifier": Architecture("LlamaConfig", SIZES, LLAMA, "AutoModelForSequenceClassification"),
     "qwen2.5-vl": Architecture("Qwen2_5_VLConfig", QWEN_VL, LLAMA, IMAGES, ("model.visual", "visual")),
     "llava": Architecture("LlavaConfig", LLAVA, LLAMA, IMAGES, LLAVA_TOWERS),
-    "gemma3, images": Architecture("Gemma3Config", GEMMA3_VL, GEMMA, IMAGES, ("model.vision_tower", "vision_tower")),
+    "gemma3, images": Architecture("Gemma3Config", GEMMA3_VL, GEMMA, IMAGES, ("model.vision_tower", "vision_tower"), NONE),
 }
 
 
@@ -232,6 +248,12 @@ def test_finds_the_folds_of_every_block(architecture: Architecture, quantized: A
     prefix, blocks = find_blocks(quantized)
     found = {layer.name: layer.fold for layer in quantized.awq_report.layers}
     assert found == {f"{prefix}.{i}.{consumer}": producer for i in range(len(blocks)) for consumer, producer in expected.items()}
+
+
+def test_finds_what_is_added_to_the_residual_stream(architecture: Architecture, quantized: Any) -> None:
+    prefix, blocks = find_blocks(quantized)
+    found = {layer.name for layer in quantized.awq_report.layers if layer.residual is not None}
+    assert found == {f"{prefix}.{i}.{name}" for i in range(len(blocks)) for name in architecture.added.split()}
 
 
 def test_what_is_outside_of_the_blocks_stays_float_and_is_named(architecture: Architecture, quantized: Any) -> None:

@@ -102,8 +102,8 @@ def test_hands_every_option_to_the_recipe() -> None:
     assert (recipe.skip, recipe.samples, recipe.seq_len, recipe.seed, recipe.batch_size) == (("a",), 5, 7, 11, 2)
     assert (recipe.rounding, recipe.stream, recipe.correction) == ("gptq", "float", True)
     assert recipe.scale is not None and recipe.clip is not None
-    bare = AwqConfig(scale=False, clip=False, correction=False).recipe()
-    assert (bare.scale, bare.clip, bare.correction) == (None, None, False)
+    bare = AwqConfig(scale=False, clip=False, correction=False, residual=False).recipe()
+    assert (bare.scale, bare.clip, bare.correction, bare.residual) == (None, None, False, False)
 
 
 def test_plain_rounding_searches_nothing() -> None:

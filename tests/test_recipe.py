@@ -43,6 +43,12 @@ def test_defaults_are_a_new_value_each_time_and_equal() -> None:
     assert Recipe() == Recipe() and Recipe() != Recipe(seed=1)
 
 
+def test_there_are_residuals_to_mend_only_where_the_quantized_stream_is_corrected() -> None:
+    assert Recipe().mends_residuals
+    for options in (dict(residual=False), dict(correction=False), dict(stream="float")):
+        assert not Recipe(**options).mends_residuals
+
+
 def test_skipping_is_by_substring() -> None:
     recipe = Recipe(skip=("mlp", "layers.1."))
     assert recipe.spec_for("model.layers.0.mlp.up") is None and recipe.spec_for("model.layers.1.attn.q") is None

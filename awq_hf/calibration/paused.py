@@ -23,14 +23,17 @@ class PausedForwards:
     that waits most of the time; as many compute at once as there are workers. Use as a context manager, which ends them.
     """
 
-    def __init__(self, block: nn.Module, calls: Sequence[Call], names: Sequence[str], routed: Collection[str] = ()) -> None:
-        self._block, self._names, self._routed = block, names, routed
+    def __init__(
+        self, block: nn.Module, calls: Sequence[Call], names: Sequence[str], routed: Collection[str] = (), kept: Collection[str] = ()
+    ) -> None:
+        """names: where to stop; routed: see `input_hooks`; kept: modules whose inputs `kept` is to be asked for."""
+        self._block, self._names, self._routed, self._kept = block, names, routed, kept
         turns = threading.Semaphore(workers())
         self._forwards = [_Forward(partial(block, *args, **kwargs), turns) for args, kwargs in calls]
 
     def __enter__(self) -> PausedForwards:
         self._hooks = ExitStack()
-        self._hooks.enter_context(input_hooks(self._block, self._names, lambda name, x: _Forward.current().pause((name, x)), self._routed))
+        self._hooks.enter_context(input_hooks(self._block, [*dict.fromkeys([*self._names, *self._kept])], self._seen, self._routed))
         for forward in self._forwards:
             forward.start()
         return self
@@ -39,6 +42,17 @@ class PausedForwards:
         for forward in self._forwards:
             forward.end()
         self._hooks.close()
+
+    def _seen(self, name: str, x: Any) -> None:
+        forward = _Forward.current()
+        if name in self._kept:
+            forward.kept[name] = x
+        if name in self._names:
+            forward.pause((name, x))
+
+    def kept(self, name: str) -> list[Any]:
+        """The input [tokens, channels] of the module `name`, which ran before the place where the calls stand; None for one at its end."""
+        return [None if forward.done else forward.kept[name] for forward in self._forwards]
 
     def inputs(self, name: str) -> list[Any]:
         """The input [tokens, in] of the Linear `name` (see `input_hooks`) in every call; None where a call does not run it.
@@ -76,7 +90,7 @@ class _Ended(Exception):
 class _Forward(threading.Thread):
     """A function that stands still where it calls `pause`, until it is resumed. It computes only while it holds a turn.
 
-    reached: what it handed over at the last pause, or its result when it is done.
+    reached: what it handed over at the last pause, or its result when it is done. kept: what it leaves for others to see until then.
     """
 
     def __init__(self, function: Callable[[], Any], turns: threading.Semaphore) -> None:
@@ -85,6 +99,7 @@ class _Forward(threading.Thread):
         self._resumed: SimpleQueue[bool] = SimpleQueue()
         self._events: SimpleQueue[tuple[bool, Any, BaseException | None]] = SimpleQueue()
         self.done, self.reached = False, None  # type: tuple[bool, Any]
+        self.kept: dict[str, Any] = {}
 
     @staticmethod
     def current() -> _Forward:
@@ -102,6 +117,7 @@ class _Forward(threading.Thread):
                 result = self._function()
         except BaseException as raised:  # handed over to whoever waits
             error = raised
+        self.kept.clear()
         self._turns.release()
         self._events.put((True, result, error))
 

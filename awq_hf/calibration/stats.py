@@ -6,6 +6,11 @@ E|W' x - W x0|^2. With D = W' - W, e = x - x0, and the expectation over calibrat
     tr(D H D^T) + 2 tr(D P^T W^T) + tr(W R W^T),    H = E[x x^T],  P = E[e x^T],  R = E[e e^T]
 
 so that no activation is kept, and a candidate costs out * in^2 whatever the number of tokens.
+
+Where the output is added to a residual stream that is r by now and was r0 in the float model, it may as well make up for what that lacks,
+d = r0 - r. The error of the sum, E|W' x - W x0 - d|^2, has three more terms:
+
+    - 2 tr(D C^T) - 2 tr(W K^T) + sum S,    C = E[d x^T],  K = E[d e^T],  S = E[d^2] of each channel
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ ROWS_OF_MOMENTS = 256  # of [in, in] that one thread sums at a time
 
 
 class Moments:
-    """H, P and R above, float32 [in, in]. P and R are None while the input has no error (x = x0).
+    """H, P and R above, float32 [in, in]. P and R are None while the input has no error (x = x0). C and K [out, in] and S [out] are there
+    if the output is to make up for something.
 
     Sums while tokens are added; the first read divides them in place, since these matrices are the largest of a run.
     """
@@ -29,8 +35,11 @@ class Moments:
         self._sums: dict[str, Tensor] = {}
         self._divided = False
 
-    def add(self, x: Tensor, x0: Tensor | None = None, want_ee: bool = False) -> None:
-        """Count tokens in: x and x0 [tokens, in], any float dtype; x0 None where the streams are the same. want_ee: R is needed."""
+    def add(self, x: Tensor, x0: Tensor | None = None, want_ee: bool = False, d: Tensor | None = None) -> None:
+        """Count tokens in: x and x0 [tokens, in], any float dtype; x0 None where the streams are the same. want_ee: R, K and S are needed.
+
+        d: what the residual stream lacks, float32 [tokens, out], always or never.
+        """
         if self._divided:
             raise RuntimeError("the moments have been read; no tokens can be added")
         x = x.to(torch.float32)
@@ -41,6 +50,11 @@ class Moments:
             self._accumulate("P", e, x)
             if want_ee:
                 self._accumulate("R", e, e)
+            if d is not None:
+                self._accumulate("C", d, x)
+            if d is not None and want_ee:
+                self._accumulate("K", d, e)
+                self._sums["S"] = self._sums.get("S", 0) + d.square().sum(0)
 
     def _accumulate(self, name: str, a: Tensor, b: Tensor) -> None:
         if name not in self._sums:
@@ -74,8 +88,23 @@ class Moments:
         """E[e e^T], or None where e = 0 or it was not asked for."""
         return self._mean("R")
 
+    @property
+    def C(self) -> Tensor | None:  # noqa: N802
+        """E[d x^T], or None where the output makes up for nothing."""
+        return self._mean("C")
+
+    @property
+    def K(self) -> Tensor | None:  # noqa: N802
+        """E[d e^T], or None where the output makes up for nothing or it was not asked for."""
+        return self._mean("K")
+
+    @property
+    def S(self) -> Tensor | None:  # noqa: N802
+        """E[d^2] of each channel, or None as K."""
+        return self._mean("S")
+
     def scaled(self, scales: Tensor) -> Moments:
-        """The moments of x / scales: what the folded Linear sees. scales: [in]."""
+        """The moments H, P and R of x / scales: what the folded Linear sees. scales: [in]."""
         outer = scales[:, None] * scales
         result = Moments()
         result.tokens, result._divided = self.tokens, self._divided
@@ -96,17 +125,28 @@ class Moments:
         return result
 
 
+def cross_moment(weight: Tensor, moments: Moments) -> Tensor | None:
+    """W P - C: E[(W e - d) x^T], float32 [out, in], what the output error before any rounding has to do with x; None without an error."""
+    P, C = moments.P, moments.C  # noqa: N806
+    if P is None:
+        return None
+    cross: Tensor = by_rows(lambda rows: weight[rows] @ P if C is None else weight[rows] @ P - C[rows], weight)
+    return cross
+
+
 class OutputError:
-    """E|W' x - W x0|^2 of every output channel for many W' of one W: what they share is computed once.
+    """E|W' x - W x0|^2, or E|W' x - W x0 - d|^2, of every output channel for many W' of one W: what they share is computed once.
 
     weight: W, float32 [out, in].
     """
 
     def __init__(self, weight: Tensor, moments: Moments) -> None:
         self.weight, self.H = weight, moments.H
-        P, R = moments.P, moments.R  # noqa: N806
-        self.cross = None if P is None else by_rows(lambda rows: weight[rows] @ P, weight)  # [out, in]; tr(D P^T W^T) = sum(D * (W P))
+        R, K, S = moments.R, moments.K, moments.S  # noqa: N806
+        self.cross = cross_moment(weight, moments)  # tr(D P^T W^T) - tr(D C^T) = sum(D * (W P - C))
         self.constant = None if R is None else by_rows(lambda rows: ((weight[rows] @ R) * weight[rows]).sum(1), weight)  # [out]
+        if self.constant is not None and K is not None and S is not None:
+            self.constant += S - 2 * (weight * K).sum(1)
 
     def __call__(self, changed: Tensor) -> Tensor:
         """changed: W', float32 [out, in] -> float32 [out]."""
@@ -121,7 +161,7 @@ class OutputError:
 
 
 def output_error(weight: Tensor, changed: Tensor, moments: Moments) -> Tensor:
-    """E|changed x - weight x0|^2 of every output channel: [out, in], [out, in] -> float32 [out]."""
+    """E|changed x - weight x0|^2, or E|changed x - weight x0 - d|^2, of every output channel: [out, in], [out, in] -> float32 [out]."""
     return OutputError(weight, moments)(changed)
 
 

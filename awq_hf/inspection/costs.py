@@ -72,6 +72,7 @@ def peak_memory(blocks: Iterable[BlockCost], recipe: Recipe, device: str, result
     threads, tokens = _threads(device), recipe.samples * recipe.seq_len
     rows = math.inf if threads is None else threads * ROWS
     streams = 3 if recipe.stream == "quantized" else 2  # of each stream what enters the block, and what has come out of it
+    streams += recipe.mends_residuals  # the float one between the block's branches
     working = {
         "hidden states": streams * tokens * hidden * itemsize,
         # run_float keeps the inputs of all groups of a block until they are rounded.
@@ -104,9 +105,15 @@ def _rounding(group: Group, recipe: Recipe, rows_at_a_time: float) -> int:
     rows, k = sum(group.rows), group.in_features
     moments = 5 if recipe.stream == "quantized" else 2  # [k, k]: H and P of the search, H, P and R of the held-out slice
     square = moments + 2  # GPTQ: of a reordered copy of H, its factor, inverse and the inverse's factor two at a time
-    # [R, k]: folded weights, their targets, these joined to one matrix, and codes, in pieces and then joined; [rows at a time, k]: W, Q,
-    # scale and zero point of each weight, D, the codes before the sweep, and four temporaries
-    return int(4 * k * (square * k + 5 * rows + 10 * min(rows, rows_at_a_time)))
+    # [R, k]: folded weights, their targets, these joined to one matrix, and codes, in pieces and then joined; C of the search, C and K of
+    # the held-out slice; [rows at a time, k]: W, Q, scale and zero point of each weight, D, the codes before the sweep, four temporaries
+    tall = 8 if _may_be_added(group, recipe) else 5
+    return int(4 * k * (square * k + tall * rows + 10 * min(rows, rows_at_a_time)))
+
+
+def _may_be_added(group: Group, recipe: Recipe) -> bool:
+    """Whether what a Linear puts out may be added to the residual stream, which is not looked into for a forecast."""
+    return recipe.mends_residuals and len(group.rows) == 1 and group.count == 1
 
 
 def _threads(device: str) -> int | None:
@@ -175,6 +182,8 @@ def _group_work(group: Group, recipe: Recipe, tokens: float, threads: int | None
     cholesky = 2 / 3 * k**3 * (threads or 1)
     # Moments: a product of [k, T] and [T, k] for each; of the quantized stream H and P, and R on the held-out slice.
     work = Work(flops=2 * k * k * (2 * tokens + held if quantized else tokens), passes=(4 if quantized else 2) * tokens * k)
+    if _may_be_added(group, recipe):  # C and, on the held-out slice, K; one more triangular solve, and three products to choose b
+        work += Work(flops=2 * R * k * (tokens + held) + 8 * R * k * k)
     # Judging: H, P and R times a weight once, and H times the errors of plain rounding and of what was found.
     work += Work(flops=10 * R * k * k, passes=20 * R * k)
     # Passes over a weight: smoothing, range, dividing, rounding, clamping, back, error, its square and sum.

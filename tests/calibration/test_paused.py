@@ -52,6 +52,19 @@ def test_paused_forwards_see_the_weights_that_were_put_in_meanwhile(block: Block
     assert not block.first._forward_pre_hooks and not block.second._forward_pre_hooks
 
 
+def test_inputs_of_modules_that_ran_before_are_kept_until_the_call_ends(block: Block) -> None:
+    hidden, shift = [torch.randn(2, 5, 8) for _ in range(3)], {"shift": torch.tensor(1.0)}
+    with PausedForwards(block, [((h,), shift) for h in hidden], ["second"], kept=["", "first", "second"]) as forwards:
+        second = forwards.inputs("second")
+        for name, expected in (("", hidden), ("first", [h + 1 for h in hidden]), ("second", second)):
+            assert all(torch.equal(x, e.view(10, -1)) for x, e in zip(forwards.kept(name), expected, strict=True))
+        with pytest.raises(KeyError):
+            forwards.kept("unused")
+        forwards.outputs()
+        assert forwards.kept("first") == [None] * 3
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
 def test_paused_forwards_end_with_an_error(block: Block) -> None:
     calls = [((torch.randn(1, 2, 8),), {"shift": torch.tensor(0.0)}) for _ in range(2)]
     with pytest.raises(KeyError), PausedForwards(block, calls, ["first", "second"]) as forwards:

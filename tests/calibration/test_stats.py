@@ -39,6 +39,22 @@ def test_output_error_equals_the_mean_squared_error_however_tokens_are_split(spl
     assert torch.equal(output_error(weight, changed, found).double(), direct_error(weight, changed, x, x0))
 
 
+def test_an_output_that_makes_up_for_the_residual_stream_is_judged_by_the_sum() -> None:
+    x, x0, weight, changed = integers(64, IN), integers(64, IN, seed=1), integers(OUT, IN, seed=2), integers(OUT, IN, seed=3)
+    d, found = integers(64, OUT, seed=4), Moments()
+    for part, part0, lacks in zip(x.split(20), x0.split(20), d.split(20), strict=True):
+        found.add(part, part0, want_ee=True, d=lacks)
+    assert found.C is not None and found.K is not None and found.S is not None
+    assert torch.equal(found.C, d.T @ x / 64) and torch.equal(found.K, d.T @ (x - x0) / 64) and torch.equal(found.S, d.square().mean(0))
+    expected = ((x.double() @ changed.double().T - x0.double() @ weight.double().T - d.double()) ** 2).mean(0)
+    assert torch.equal(output_error(weight, changed, found).double(), expected)
+    partial = Moments()
+    partial.add(x, x0, d=d)
+    assert partial.K is None and partial.S is None
+    missing = output_error(weight, changed, found) - output_error(weight, changed, partial)
+    assert torch.equal(missing, output_error(weight, 2 * changed, found) - output_error(weight, 2 * changed, partial)), "a constant"
+
+
 def test_output_error_without_input_error() -> None:
     x, weight, changed = integers(64, IN), integers(OUT, IN, seed=2), integers(OUT, IN, seed=3)
     found = Moments()

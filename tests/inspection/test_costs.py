@@ -37,11 +37,13 @@ def test_peak_memory_adds_up_what_is_held() -> None:
     assert (found.pop("quantized model"), found.pop("float weights of one block")) == (123_456, 2 * 20_000)
     unused = found.pop("freed, but not given back")
     assert found == {
-        "hidden states": 3 * tokens * 64 * 2,
+        "hidden states": 4 * tokens * 64 * 2,
         "inputs of a block's Linears": tokens * (64 + 64 + 96) * 2,
         "forwards under way": tokens * (2 * 64 + 64 + 128) * 2,  # while the second group waits for the first one's outputs
-        "statistics and rounding": 4 * (7 * 96**2 + 15 * 64 * 96),
+        "statistics and rounding": 4 * (7 * 96**2 + 18 * 64 * 96),
     }
+    without = memory(recipe=replace(RECIPE, residual=False))
+    assert without["hidden states"] == 3 * tokens * 64 * 2 and without["statistics and rounding"] == 4 * (7 * 96**2 + 15 * 64 * 96)
     assert unused == pytest.approx(0.4 * sum(found.values()) + 200_000_000, abs=1)
     assert memory(replace(BLOCK, parameters=10**6))["statistics and rounding"] == 4 * 10**6  # the probe's copy
 
@@ -56,9 +58,9 @@ def test_peak_memory_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU works on so many rows at a time as it has threads for; a GPU on all."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     tall = replace(BLOCK, groups=(costs.Group(64, (5000,), 5000, True),))
-    assert memory(tall)["statistics and rounding"] == 4 * 64 * (7 * 64 + 5 * 5000 + 10 * 3 * 512)
+    assert memory(tall)["statistics and rounding"] == 4 * 64 * (7 * 64 + 8 * 5000 + 10 * 3 * 512)
     on_gpu = memory(tall, device="cuda")
-    assert on_gpu["statistics and rounding"] == 4 * 64 * (7 * 64 + 15 * 5000)
+    assert on_gpu["statistics and rounding"] == 4 * 64 * (7 * 64 + 18 * 5000)
     assert on_gpu["freed, but not given back"] < 200_000_000
 
 
@@ -67,6 +69,7 @@ def test_work_is_linear_in_tokens_and_blocks() -> None:
     twice = costs.block_work(BLOCK, replace(RECIPE, samples=32), 1)
     assert one.model_flops == 2 * 20_000 * 16 * 64 * 2 * 2 and twice.model_flops == 2 * one.model_flops
     moments = sum(2 * 2 * g.in_features**2 * (2 + 1 / 8) * 16 * 64 for g in GROUPS)
+    moments += sum(2 * 2 * 64 * g.in_features * (1 + 1 / 8) * 16 * 64 for g in GROUPS[1:])  # may be added to the residual stream
     assert twice.flops - one.flops == moments  # what does not depend on tokens stays
     more = costs.block_work(replace(BLOCK, count=4), RECIPE, 1)
     assert more.seconds == one.seconds == 1.0 and more.flops == 2 * one.flops
@@ -76,7 +79,14 @@ def test_work_is_linear_in_tokens_and_blocks() -> None:
 def test_every_part_of_the_recipe_has_its_price() -> None:
     price = lambda **changes: UNIT.seconds(costs.block_work(BLOCK, replace(RECIPE, **changes), 1))  # noqa: E731
     whole = price()
-    for part in (dict(scale=None), dict(clip=None), dict(correction=False), dict(stream="float"), dict(rounding="gptq")):
+    for part in (
+        dict(scale=None),
+        dict(clip=None),
+        dict(correction=False),
+        dict(residual=False),
+        dict(stream="float"),
+        dict(rounding="gptq"),
+    ):
         assert price(**part) < whole, part
     assert price(rounding="nearest") < price(rounding="gptq")
     assert price(spec=QuantSpec(group_size=32, symmetric=True)) < whole
