@@ -70,11 +70,11 @@ def to_gguf(
 
     model: a quantized or float model in memory, or a directory or Hub id of one; location: revision and so on, for the Hub.
     An AWQ checkpoint is repacked: the same codes, by default in the smallest type that holds them; exact: the same weights bit for bit.
-    A float model becomes `type` (default Q4_K_M), from its float weights: smoothing scales, importance and codes are searched on the
-    calibration text of `config`, whose bits and groups are of no use here. search=False: the type's plain quantizer. target_bpw: bits a
-    weight, of all tensors of the file; the types of the blocks' matrices are then chosen by their measured sensitivity. imatrix: an
-    importance matrix of llama.cpp's to use instead of a search; save_imatrix: write that of the search for llama.cpp's own tools, in
-    their older format unless the name ends in .gguf. options: of `exporters.gguf.export`.
+    A float model becomes `type` (default Q4_K_M), from its float weights: smoothing scales, importance and codes of the blocks' Linears and
+    experts, and of the head, are searched on the calibration text of `config`, whose bits and groups are of no use here. search=False:
+    the type's plain quantizer. target_bpw: bits a weight, of all tensors of the file; the types of the blocks' matrices are then chosen by
+    their measured sensitivity. imatrix: an importance matrix of llama.cpp's to use instead of a search; save_imatrix: write that of the
+    search for llama.cpp's own tools, in their older format unless the name ends in .gguf. options: of `exporters.gguf.export`.
     Raises ValueError for what cannot be exported or found in the options, before anything is written.
     """
     checkpoint = open_checkpoint(model, **(location or {}))
@@ -173,6 +173,8 @@ class _Search:
         encoded = encode_model(model, kinds, recipe, windows, self.progress)
         names = {name: found for name, found in names.items() if found.full in encoded.weights}  # not those that run twice in a block
         weights = {name: encoded.weights[found.full] for name, found in names.items()}
+        assert encoded.report is not None
+        encoded.report.notes += _alone(self.plan, types, names)
         files = export(open_checkpoint(model), path, type=wanted, encoded=weights, types=types, **options)
         if save_imatrix is not None:
             targets = {found.name: self.plan.places[name].target for name, found in names.items() if found.name in encoded.importance}
@@ -197,6 +199,12 @@ class _Search:
         few = windows.sample(min(MEASURED_WINDOWS, len(windows.input_ids)), self.config.seed)
         costs = {targets[name]: cost for name, cost in measure(model, few, list(targets), progress=self.progress).items()}
         return {**types, **choose(costs, *_within_budget(target_bpw, self.plan, types, costs))}
+
+
+def _alone(plan: Plan, types: Mapping[str, Type], searched: Collection[str]) -> list[str]:
+    """What a person should know of blocks that were not searched for."""
+    others = {place.target for name, place in plan.places.items() if name not in searched and types[place.target] not in FLOATS}
+    return [f"{len(others)} tensors were left to their types' own quantizers, the first of them {min(others)}"] if others else []
 
 
 def _entry(encoded: Encoded, name: str, tokens: int) -> Entry:
@@ -228,13 +236,14 @@ def _matrices(model: Any, plan: Plan, types: Mapping[str, Type]) -> dict[str, Ma
     for name, place in plan.places.items():
         if types[place.target] in FLOATS:
             continue
-        there, conversion = resolve(name, known)
-        module, part = there.rpartition(".")[::2]
+        parameter, conversion = resolve(name, known)
+        module, part = parameter.rpartition(".")[::2]
         if place.expert is not None and module in experts and conversion is not None and conversion.parts:
             found[name] = Matrix(f"{module}.{parts_of(part)[conversion.part]}", place.expert, True)
         elif place.expert is None and part == "weight" and (module in linears or module in ends):
             found[name] = Matrix(ends.get(module, module), None, module in linears)
-    whole = [module for module in experts if all(f"{module}.{part}" in {each.name for each in found.values()} for part in PARTS)]
+    present = {each.name for each in found.values()}
+    whole = {module for module in experts if all(f"{module}.{part}" in present for part in PARTS)}
     return {name: each for name, each in found.items() if each.expert is None or each.name.rpartition(".")[0] in whole}
 
 
