@@ -53,7 +53,7 @@ class BlockWork:
             block.set_submodule(inside, linear)  # a Conv1D is a Linear until the block is done
         found = {inside: f"{name}.{inside}" for inside in experts_of(block)} if experts else {}
         self.experts = {
-            inside: ExpertsWork(name, inside, block.get_submodule(inside), experts[full], recipe, report)
+            inside: self._experts_work(inside, block.get_submodule(inside), experts[full])
             for inside, full in found.items()
             if experts and full in experts
         }
@@ -69,6 +69,9 @@ class BlockWork:
         self.float_inputs: dict[str, list[Tensor]] = {}  # a group's first Linear -> x0 of each batch
         self.float_routes: dict[str, list[Tensor]] = {}  # experts -> those of each token, of each batch
         self.residuals = ResidualErrors(batches)
+
+    def _experts_work(self, inside: str, module: nn.Module, specs: Specs) -> ExpertsWork:
+        return ExpertsWork(self.name, inside, module, specs, self.recipe, self.report)
 
     # Folds
 
@@ -150,7 +153,7 @@ class BlockWork:
             assert self.recipe.scale is not None
             with self.report.timed("scale search"):
                 energies, loss_of = self._energies(self._leader(fold.consumers[0])), self._scale_loss(fold)
-                judges = self._judges(names)
+                judges = self._judges(fold.consumers)
                 choice = search_scales(consumers, fold.channel_map, channels, *energies, self.recipe.scale, loss_of, judges)
             self.choices.update(dict.fromkeys(fold.consumers, choice))
             if choice.alpha > 0:
@@ -160,8 +163,8 @@ class BlockWork:
         """The loss of smoothing scales, where it is not the second-moment loss (an experiment overrides this)."""
         return None
 
-    def _judges(self, _names: list[str]) -> list[Consumer] | None:
-        """Where specs only resemble how Linears are stored: (some of their rows, their real rounding)."""
+    def _judges(self, _names: Sequence[str]) -> list[Consumer] | None:
+        """Where specs only resemble how a fold's consumers are stored: (some of their rows, their real rounding)."""
         return None
 
     def _absorb(self, fold: FoldPoint, producer: nn.Module, scales: Tensor) -> None:

@@ -18,7 +18,7 @@ from awq_hf.affine import choose_grid, fake_quantize, to_quantized_weight
 from awq_hf.calibration.data import HELD_OUT, Batch
 from awq_hf.calibration.stats import Moments
 from awq_hf.experts import FUSED, AwqExperts, ExpertWeights, gate_is_linear_in_up
-from awq_hf.layer import Judged, judge, round_together
+from awq_hf.layer import judge, round_together
 from awq_hf.linear import pack_weight
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
@@ -55,6 +55,19 @@ def tokens_of(
 Statistic = tuple[Moments, Moments]  # for the search, of the held-out slice
 
 
+class Matrix(NamedTuple):
+    """A matrix of one expert, float32 [out, in]. inputs, outputs: smoothing scales of its input [in], and of what it puts out [out]."""
+
+    original: Tensor
+    inputs: Tensor | None
+    outputs: Tensor | None
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """`weight`, the original or something that was made of it, with the scales carried out."""
+        weight = weight if self.inputs is None else weight * self.inputs
+        return weight if self.outputs is None else weight / self.outputs[:, None]
+
+
 class ExpertsWork:
     """The experts module `name` of a block. packed: the result, parameter -> packed tensors of each expert."""
 
@@ -78,31 +91,28 @@ class ExpertsWork:
         about = (fold, choice.alpha, choice.family) if choice else (fold, 0.0, "not folded")
         alphas: list[float] = []  # of the scales of down's inputs
         statistics = _Statistics(tokens, len(self.gate_up), self.gate_up.shape[2], in_scales)
-        judged: dict[str, list[list[Judged]]] = {parameter: [] for parameter in FUSED}
+        judged: dict[str, list[list[Any]]] = {parameter: [] for parameter in FUSED}
         few = {parameter: [] for parameter in FUSED}  # type: dict[str, list[int]]
         for expert in range(len(self.gate_up)):
             original, down = self.gate_up[expert].to(torch.float32), self.down[expert].to(torch.float32)  # [2 I, H], [H, I]
             reached = [(t.chosen == expert).any(1).nonzero()[:, 0] for t in tokens]
             chosen = self._down_scales(statistics, reached, original if in_scales is None else original * in_scales, down)
-            folds = lambda weight, s=chosen.scales: _folded(weight, in_scales, s)  # noqa: E731
             alphas.append(chosen.alpha)
-            folded = folds(original)
+            halves = [Matrix(half, in_scales, s) for half, s in zip(original.chunk(2), (None, chosen.scales), strict=True)]
+            folded = torch.cat([half.folded(half.original) for half in halves])
             with self.report.timed("quantized stream and statistics"):
                 train, held = statistics.of_inputs(reached)
-            plain = folds(fake_quantize(original, choose_grid(original, self.specs[FUSED[0]])))
-            halves = list(zip(folded.chunk(2), plain.chunk(2), strict=True))
             judged[FUSED[0]].append(self._round(FUSED[0], expert, self.gate_up, halves, train, held))
             del train, held
             with self.report.timed("quantized stream and statistics"):
                 train, held = statistics.of_activations(reached, self._activation(expert, folded), self.down.shape[2])
-            plain = fake_quantize(down, choose_grid(down, self.specs[FUSED[1]]))
-            judged[FUSED[1]].append(self._round(FUSED[1], expert, self.down, [(down * chosen.scales, plain * chosen.scales)], train, held))
+            judged[FUSED[1]].append(self._round(FUSED[1], expert, self.down, [Matrix(down, chosen.scales, None)], train, held))
             count = sum(len(rows) for rows, t in zip(reached, tokens, strict=True) if not t.held_out)
             for parameter, columns in zip(FUSED, (self.gate_up.shape[2], self.down.shape[2]), strict=True):
                 few[parameter] += [expert] if count < columns else []
         return [
-            self._report(FUSED[0], judged[FUSED[0]], statistics.share, few[FUSED[0]], *about),
-            self._report(FUSED[1], judged[FUSED[1]], statistics.share, few[FUSED[1]], *self._fold_of_down(alphas)),
+            *self._lines(FUSED[0], judged[FUSED[0]], statistics.share, few[FUSED[0]], *about),
+            *self._lines(FUSED[1], judged[FUSED[1]], statistics.share, few[FUSED[1]], *self._fold_of_down(alphas)),
         ]
 
     def _down_scales(self, statistics: _Statistics, reached: list[Tensor], gate_up: Tensor, down: Tensor) -> ScaleChoice:
@@ -116,7 +126,11 @@ class ExpertsWork:
             weight = gate_up.to(self.gate_up.dtype)
             energies = statistics.energies(reached, lambda x: gate(x.to(weight.dtype) @ weight.T), down.shape[1])
             consumers, channels = [(down, nearest(self.specs[FUSED[1]]))], torch.arange(down.shape[1], device=down.device)
-            return search_scales(consumers, channels, len(channels), *energies, self.recipe.scale)
+            return search_scales(consumers, channels, len(channels), *energies, self.recipe.scale, judges=self._judges_of_down(down))
+
+    def _judges_of_down(self, _down: Tensor) -> list[Consumer] | None:
+        """Where specs only resemble how matrices are stored: (some rows of an expert's down, their real rounding)."""
+        return None
 
     def _fold_of_down(self, alphas: list[float]) -> tuple[str | None, float, str]:
         """For the report: producer, mean alpha, family."""
@@ -124,14 +138,13 @@ class ExpertsWork:
             return None, 0.0, "not folded"
         return f"{self.inside}.{FUSED[0]}", sum(alphas) / len(alphas), "by expert"
 
-    def _round(
-        self, parameter: str, expert: int, into: Tensor, matrices: list[tuple[Tensor, Tensor]], train: Moments, held: Moments
-    ) -> list[Judged]:
-        """Quantize matrices of an expert that share an input. matrices: (folded weight, the same rounded plainly), float32 [out, in]."""
-        spec = self.specs[parameter]
-        found = round_together([weight for weight, _ in matrices], spec, self.recipe, train, held, self.report.timed)
+    def _round(self, parameter: str, expert: int, into: Tensor, matrices: list[Matrix], train: Moments, held: Moments) -> list[Any]:
+        """Quantize matrices of an expert that share an input, into its place in `into`; what `_lines` is to know of each."""
+        spec, weights = self.specs[parameter], [matrix.folded(matrix.original) for matrix in matrices]
+        found = round_together(weights, spec, self.recipe, train, held, self.report.timed)
         with self.report.timed("held-out check"):
-            judged = [judge(f, w, p, train, held, self.recipe) for f, (w, p) in zip(found, matrices, strict=True)]
+            plain = [matrix.folded(fake_quantize(matrix.original, choose_grid(matrix.original, spec))) for matrix in matrices]
+            judged = [judge(f, w, p, train, held, self.recipe) for f, w, p in zip(found, weights, plain, strict=True)]
         parts = [to_quantized_weight(each.best.codes, each.best.grid) for each in judged]
         joined = QuantizedWeight(spec=spec, **{n: torch.cat([getattr(part, n) for part in parts]) for n in ("q", "scales", "zero_points")})
         self.packed[parameter].append(pack_weight(joined))
@@ -144,17 +157,17 @@ class ExpertsWork:
         weights = (folded.to(self.gate_up.dtype), self.gate_up[expert])
         return lambda x, quantized: gate(x.to(self.gate_up.dtype) @ weights[quantized].T)
 
-    def _report(
-        self, parameter: str, judged: list[list[Judged]], share: Tensor, few: list[int], fold: str | None, alpha: float, family: str
-    ) -> LayerReport:
-        """One line for a matrix of all experts; losses are weighted by the tokens that an expert gets."""
+    def _lines(
+        self, parameter: str, judged: list[list[Any]], share: Tensor, few: list[int], fold: str | None, alpha: float, family: str
+    ) -> list[LayerReport]:
+        """A line for a matrix of all experts; losses are weighted by the tokens that an expert gets."""
         matrices = [each for expert in judged for each in expert]
         weights = share.repeat_interleave(len(judged[0])).tolist()
         energy = max(sum(w * each.energy for w, each in zip(weights, matrices, strict=True)), 1e-30)
         mean = lambda of: sum(of(each) for each in matrices) / len(matrices)  # noqa: E731
         fallbacks = [each.best.fallback for each in matrices if each.best.fallback]
         spec, (_, out_features, in_features) = self.specs[parameter], self.module.get_parameter(parameter).shape
-        return LayerReport(
+        line = LayerReport(
             name=f"{self.name}.{parameter}",
             shape=(out_features, in_features),
             bits=spec.bits,
@@ -171,16 +184,11 @@ class ExpertsWork:
             experts=len(judged),
             few_tokens=few,
         )
+        return [line]
 
     def module_of_integers(self) -> AwqExperts:
         weights = [ExpertWeights.from_packed(self.packed[parameter], self.specs[parameter]) for parameter in FUSED]
         return AwqExperts(self.module, *weights)
-
-
-def _folded(gate_up: Tensor, in_scales: Tensor | None, down_scales: Tensor) -> Tensor:
-    """gate_up [2 I, H] of one expert with the scales of its inputs [H] and of what it puts out [I]: up is divided by these."""
-    gate, up = (gate_up if in_scales is None else gate_up * in_scales).chunk(2)
-    return torch.cat([gate, up / down_scales[:, None]])
 
 
 class _Statistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ def run(
     make_work: MakeWork = BlockWork,
     kept: KeptBlocks | None = None,
     source: InMemory | None = None,
+    between: Callable[[Sequence[Batch], Report], None] | None = None,
 ) -> Report:
-    """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block.
+    """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block. between: is called
+    with the float model, whose embedding has been read for the float stream, and not yet for the quantized one.
 
     Who calls this says that the model is whole again (awq_hf/unfinished.py), when all that belongs to it is done.
     """
@@ -74,7 +76,7 @@ def run(
     model.eval()
     try:
         with one_thread_each():
-            _run_blocks(model, recipe, plan, windows, report, progress, make_work, kept, source or InMemory())
+            _run_blocks(model, recipe, plan, windows, report, progress, make_work, kept, source or InMemory(), between)
     finally:
         model.train(was_training)
     report.notes += _few_tokens(report)
@@ -92,6 +94,7 @@ def _run_blocks(
     make_work: MakeWork,
     kept: KeptBlocks | None,
     source: InMemory,
+    between: Callable[[Sequence[Batch], Report], None] | None,
 ) -> None:
     prefix, blocks = find_blocks(model)
     batches = windows.batches(recipe.batch_size)
@@ -111,8 +114,12 @@ def _run_blocks(
             work.discover_folds(probe_calls[0], known_folds)
             probe_stream.advance(index, probe_calls)
         with report.timed("float stream"):
+            float_calls = float_stream.calls(index)
+        if index == 0 and between is not None:
+            between(batches, report)
+        with report.timed("float stream"):
             quantized_calls = quantized_stream.calls(index) if recipe.stream == "quantized" else []
-            float_stream.outputs = work.run_float(float_stream.calls(index))
+            float_stream.outputs = work.run_float(float_calls)
         if kept is not None and kept.restore(index, digest, work, report):
             quantized_stream.outputs = run_again(work, quantized_calls)
         else:
@@ -142,7 +149,7 @@ def _look_through(model: nn.Module, plan: Plan, prefix: str, blocks: nn.ModuleLi
 
 def _few_tokens(report: Report) -> list[str]:
     """What a person should know of experts that calibration hardly reached."""
-    layers = [layer for layer in report.layers if layer.few_tokens and layer.name.endswith("gate_up_proj")]
+    layers = [layer for layer in report.layers if layer.few_tokens and layer.name.endswith(("gate_up_proj", "gate_proj"))]
     if not layers:
         return []
     worst, few = max(layers, key=lambda layer: len(layer.few_tokens)), sum(len(layer.few_tokens) for layer in layers)

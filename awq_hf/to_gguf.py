@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,14 @@ from transformers import PreTrainedModel
 
 from awq_hf import compat, renaming
 from awq_hf.beside import remember_place
-from awq_hf.blocks import find_blocks, matrices_of
+from awq_hf.blocks import experts_of, find_blocks, matrices_of
 from awq_hf.calibration.data import Windows
 from awq_hf.classes import class_of
 from awq_hf.config import AwqConfig
+from awq_hf.encoded_experts import PARTS, parts_of
+from awq_hf.encoded_layer import Encoded
 from awq_hf.encoding import encode_model
+from awq_hf.experts import reason_against
 from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
 from awq_hf.exporters.gguf.budget import choose
 from awq_hf.exporters.gguf.encode import n_bytes
@@ -68,11 +71,11 @@ def to_gguf(
 
     model: a quantized or float model in memory, or a directory or Hub id of one; location: revision and so on, for the Hub.
     An AWQ checkpoint is repacked: the same codes, by default in the smallest type that holds them; exact: the same weights bit for bit.
-    A float model becomes `type` (default Q4_K_M), from its float weights: smoothing scales, importance and codes are searched on the
-    calibration text of `config`, whose bits and groups are of no use here. search=False: the type's plain quantizer. target_bpw: bits a
-    weight, of all tensors of the file; the types of the blocks' matrices are then chosen by their measured sensitivity. imatrix: an
-    importance matrix of llama.cpp's to use instead of a search; save_imatrix: write that of the search for llama.cpp's own tools, in
-    their older format unless the name ends in .gguf. options: of `exporters.gguf.export`.
+    A float model becomes `type` (default Q4_K_M), from its float weights: smoothing scales, importance and codes of the blocks' Linears and
+    experts, and of the head, are searched on the calibration text of `config`, whose bits and groups are of no use here. search=False:
+    the type's plain quantizer. target_bpw: bits a weight, of all tensors of the file; the types of the blocks' matrices are then chosen by
+    their measured sensitivity. imatrix: an importance matrix of llama.cpp's to use instead of a search; save_imatrix: write that of the
+    search for llama.cpp's own tools, in their older format unless the name ends in .gguf. options: of `exporters.gguf.export`.
     Raises ValueError for what cannot be exported or found in the options, before anything is written.
     """
     checkpoint = open_checkpoint(model, **(location or {}))
@@ -146,8 +149,8 @@ def _within_budget(
 
 
 def _block_matrices(plan: Plan, types: Mapping[str, Type]) -> list[str]:
-    """Names in the file of the matrices whose types can be chosen: of the blocks, and not of experts."""
-    return [name for name, shape in plan.shapes.items() if name.startswith("blk.") and len(shape) == 2 and types[name] not in FLOATS]
+    """Names in the file of the matrices whose types can be chosen: of the blocks; the experts of a layer together."""
+    return [name for name, shape in plan.shapes.items() if name.startswith("blk.") and len(shape) > 1 and types[name] not in FLOATS]
 
 
 def _usual(bits_per_weight: float) -> str:
@@ -170,18 +173,20 @@ class _Search:
         model = self._load()
         recipe = self.config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
         windows = calibration_windows(model, self.config, recipe)
-        names = _linears(model, self.plan, types)
+        names = _matrices(model, self.plan, types)
         self.progress = compat.progress_bar if options.get("progress", True) else None
         if target_bpw is not None:
             types, wanted = self._within(target_bpw, types, model, windows, names), AUTO
-        kinds = {module: types[self.plan.places[name].target] for name, module in names.items()}
+        kinds = {found.name: types[self.plan.places[name].target] for name, found in names.items()}
         encoded = encode_model(model, kinds, recipe, windows, self.progress)
-        names = {name: module for name, module in names.items() if module in encoded.weights}  # not those that run twice in a block
-        weights = {name: encoded.weights[module] for name, module in names.items()}
+        names = {name: found for name, found in names.items() if found.full in encoded.weights}  # not those that run twice in a block
+        weights = {name: encoded.weights[found.full] for name, found in names.items()}
+        assert encoded.report is not None
+        encoded.report.notes += _alone(self.plan, types, names)
         files = export(open_checkpoint(model), path, type=wanted, encoded=weights, types=types, **options)
         if save_imatrix is not None:
-            means = {self.plan.places[name].target: encoded.importance[module].numpy() for name, module in names.items()}
-            entries = {name: Entry(mean, np.array([windows.tokens])) for name, mean in means.items()}
+            targets = {found.name: self.plan.places[name].target for name, found in names.items() if found.name in encoded.importance}
+            entries = {target: _entry(encoded, name, windows.tokens) for name, target in targets.items()}
             write_imatrix(save_imatrix, Imatrix(entries, (windows.source,), len(windows.input_ids), recipe.seq_len))
         return GgufExport(files, types, encoded.report)
 
@@ -194,23 +199,65 @@ class _Search:
             remember_place(model, [str(self.checkpoint.directory / "config.json")])  # the tokenizer is of the same
         return model
 
-    def _within(self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, str]) -> dict[str, Type]:
+    def _within(
+        self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, Matrix]
+    ) -> dict[str, Type]:
         """Types of the least predicted divergence for a file of target_bpw bits a weight, of all its tensors."""
-        targets = {module: self.plan.places[name].target for name, module in names.items()}
+        targets = {found.name: self.plan.places[name].target for name, found in names.items() if found.in_block}
         few = windows.sample(min(MEASURED_WINDOWS, len(windows.input_ids)), self.config.seed)
-        costs = {targets[module]: cost for module, cost in measure(model, few, list(targets), progress=self.progress).items()}
+        costs = {targets[name]: cost for name, cost in measure(model, few, list(targets), progress=self.progress).items()}
         return {**types, **choose(costs, *_within_budget(target_bpw, self.plan, types, costs))}
 
 
-def _linears(model: Any, plan: Plan, types: Mapping[str, Type]) -> dict[str, str]:
-    """Tensor of the checkpoint -> module of the model, for the Linears of its blocks that become blocks of the file."""
+def _alone(plan: Plan, types: Mapping[str, Type], searched: Collection[str]) -> list[str]:
+    """What a person should know of blocks that were not searched for."""
+    others = {place.target for name, place in plan.places.items() if name not in searched and types[place.target] not in FLOATS}
+    return [f"{len(others)} tensors were left to their types' own quantizers, the first of them {min(others)}"] if others else []
+
+
+def _entry(encoded: Encoded, name: str, tokens: int) -> Entry:
+    counts = encoded.counts.get(name, torch.tensor([tokens]))
+    return Entry(encoded.importance[name].numpy(), counts.numpy())
+
+
+class Matrix(NamedTuple):
+    """A matrix of the model. name: of its module, or of a part of all experts of a layer (encoded_experts.py); expert: which of them."""
+
+    name: str
+    expert: int | None
+    in_block: bool
+
+    @property
+    def full(self) -> str:
+        return self.name if self.expert is None else f"{self.name}.{self.expert}"
+
+
+def _matrices(model: Any, plan: Plan, types: Mapping[str, Type]) -> dict[str, Matrix]:
+    """Tensor of the checkpoint -> what it is in the model, for those that become blocks of the file and can be searched for."""
     prefix, blocks = find_blocks(model)
-    inside = {f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in matrices_of(block)}
+    linears = {f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in matrices_of(block)}
+    experts = {f"{prefix}.{i}.{name}": module for i, block in enumerate(blocks) for name, module in experts_of(block).items()}
+    experts = {name: module for name, module in experts.items() if reason_against(module) is None}
     resolve, known = renaming.resolver(model), model.state_dict()
+    ends = _ends(model)
     found = {}
     for name, place in plan.places.items():
-        if types[place.target] not in FLOATS and place.expert is None:
-            module, part = resolve(name, known)[0].rpartition(".")[::2]
-            if part == "weight" and module in inside:
-                found[name] = module
-    return found
+        if types[place.target] in FLOATS:
+            continue
+        parameter, conversion = resolve(name, known)
+        module, part = parameter.rpartition(".")[::2]
+        if place.expert is not None and module in experts and conversion is not None and conversion.parts:
+            found[name] = Matrix(f"{module}.{parts_of(part)[conversion.part]}", place.expert, True)
+        elif place.expert is None and part == "weight" and (module in linears or module in ends):
+            found[name] = Matrix(ends.get(module, module), None, module in linears)
+    present = {each.name for each in found.values()}
+    whole = {module for module in experts if all(f"{module}.{part}" in present for part in PARTS)}
+    return {name: each for name, each in found.items() if each.expert is None or each.name.rpartition(".")[0] in whole}
+
+
+def _ends(model: Any) -> dict[str, str]:
+    """Module of the embedding or the head -> the one that it is searched for as: of a tensor that serves as both, the head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
+    tied = head.weight is embedding.weight
+    return {names[embedding]: names[head if tied else embedding], names[head]: names[head]}

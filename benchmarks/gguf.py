@@ -4,13 +4,15 @@
     python -m benchmarks.gguf --model DIR --text FILE --group-size 32 --types IQ4_NL Q4_0 Q4_1 Q5_0 Q5_1 Q3_K_M Q4_K_M
 
 Every file is read back by transformers and computes in float32, so that nothing but the weights differs; the importance matrix is what
-llama.cpp computes, E[x^2] of the float model's inputs. "general": calibrated on the text that comes with the package, not the model's own.
+llama-imatrix computes by default, E[x^2] of the inputs of the float model's blocks. "general": calibrated on the text that comes with the
+package, not the model's own.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from awq_hf import export as awq_export
 from awq_hf.evaluate import Evaluation
+from awq_hf.exporters.gguf.imatrix import read_imatrix, write_imatrix
 from awq_hf.to_gguf import to_gguf
 from benchmarks.common import Subject, publish, quiet
 
 TYPES = ("Q2_K_M", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-IMPORTANCE: dict[str, Any] = dict(scale=False, correction=False, rounding="nearest", stream="float")
 MAX_TOKENS = 10_000
 
 
@@ -47,18 +49,26 @@ class Bench:
 
     def compare(self, kind: str) -> dict[str, Any]:
         """One type, written in every way."""
-        own = self.subject.config
         general: dict[str, Any] = dict(calibration=None, tokenizer=str(self.subject.source))
+        matrices = {name: self.file.with_name(f"{name}.imatrix") for name in ("own", "general")}
         ways: dict[str, dict[str, Any]] = {
             "plain": dict(search=False),
-            "importance": dict(config=own(**IMPORTANCE)),
-            "ours": dict(config=own()),
-            "importance, general": dict(config=own(**IMPORTANCE, **general)),
-            "ours, general": dict(config=own(**general)),
+            "ours": dict(config=self.subject.config()),
+            "importance": dict(imatrix=matrices["own"]),
+            "ours, general": dict(config=self.subject.config(**general)),
+            "importance, general": dict(imatrix=matrices["general"]),
         }
+        saves = {"ours": matrices["own"], "ours, general": matrices["general"]}
         found: dict[str, Evaluation] = {}
         for way, options in ways.items():
+            if kind == "Q8_0":
+                options = dict(search=False)  # it does not use importance, and is not searched
+            elif way in saves:
+                saves[way].unlink(missing_ok=True)
+                options = {**options, "save_imatrix": saves[way]}
             model, about = self.written(self.subject.source, type=kind, **options)
+            if "save_imatrix" in options:
+                _keep_blocks(saves[way])
             found[way] = self.subject.measure(model, self.original, MAX_TOKENS)
             print(kind, way, found[way].kl, flush=True)
         row: dict[str, Any] = {"type": kind, **about} | {f"KL {way}": result.kl for way, result in found.items()}
@@ -82,6 +92,12 @@ class Bench:
             row = {"file": name, **about, "KL to the AWQ model": to_awq.kl, "same top-1": to_awq.top1}
             rows.append(row | {"KL to float": to_float.kl, "perplexity": to_float.perplexity, "evaluation tokens": to_float.tokens})
         return rows
+
+
+def _keep_blocks(file: Path) -> None:
+    """llama-imatrix leaves embedding and head out unless it is told otherwise."""
+    found = read_imatrix(file)
+    write_imatrix(file, replace(found, entries={n: e for n, e in found.entries.items() if n.startswith("blk.")}), overwrite=True)
 
 
 def _stand_in() -> Any:

@@ -13,7 +13,8 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
 from awq_hf.calibration.data import Windows, load_windows
-from awq_hf.encoding import Encoded, EncodedLayer, codes_together, decode, encode, encode_model
+from awq_hf.encoded_layer import Encoded, EncodedLayer, codes_together, decode, encode, prepare
+from awq_hf.encoding import encode_model
 from awq_hf.recipe import Recipe
 
 RECIPE = Recipe(samples=8, seq_len=48)
@@ -192,7 +193,7 @@ def test_codes_that_are_chosen_together_have_less_error_on_the_same_steps(kind: 
     weight, H = torch.randn(24, 256, generator=generator), x.T @ x / 400  # noqa: N806
     weight[3, :64] = 0  # sub-blocks whose step is 0
     data = encode(weight, Type[kind], H.diagonal())
-    together = codes_together(weight, data, Type[kind], H)
+    together = codes_together(weight, data, Type[kind], prepare(H))
     error = lambda blocks: ((d := decode(blocks, Type[kind]) - weight) @ H * d).sum(1)  # noqa: E731
     assert (error(together) < error(data)).float().mean() > 0.9
     assert error(together).sum() < 0.9 * error(data).sum()

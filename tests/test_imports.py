@@ -52,8 +52,12 @@ ALLOWED = {
     "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
     "block resume",
     "resume": "affine block calibration linear parallel report",
-    "encoding": "unfinished spec affine matrices blocks calibration exporters pipeline preflight block recipe report rounding transforms",
-    "sensitivity": "calibration exporters matrices",
+    "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
+    "encoded_layer encoded_experts encoded_ends",
+    "encoded_layer": "spec affine calibration exporters layer recipe report rounding transforms",
+    "encoded_experts": "spec calibration encoded_layer expert_block experts parallel report transforms",
+    "encoded_ends": "spec calibration encoded_layer exporters recipe report rounding",
+    "sensitivity": "calibration experts exporters matrices",
     "compat": "lora",
     "lora": "linear",
     "renaming": "",
@@ -62,7 +66,8 @@ ALLOWED = {
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "beside unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint "
     "preflight skip_list serving pipeline prepare compat renaming config output",
-    "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding exporters hf_quantizer compat renaming report",
+    "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding encoded_layer encoded_experts experts exporters "
+    "hf_quantizer compat renaming report",
     "output": "",
     "recipe_file": "config",
     "api": "classes beside unfinished recipe_file config hf_quantizer compat exporters output to_gguf",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from awq_hf import sensitivity
 from awq_hf.calibration.data import Windows, load_windows
-from awq_hf.encoding import decode, encode
+from awq_hf.encoded_layer import decode, encode
 from awq_hf.evaluate import evaluate
 from awq_hf.sensitivity import NARROW, WIDE, candidates, measure
 
@@ -58,8 +59,6 @@ def test_predicted_divergence_is_the_measured_one(model: Any, windows: Windows, 
 
 def evaluate_with(model: Any, linear: Any, changed: Tensor, original: Tensor, tokens: list[Tensor]) -> float:
     """KL of the model with one weight changed."""
-    import copy
-
     reference = copy.deepcopy(model)
     linear.weight.data = changed
     try:
@@ -78,10 +77,63 @@ def test_what_is_known_of_the_last_layer(model: Any, windows: Windows) -> None:
             p = model.lm_head(states).softmax(1)
             expected += (p * (1 - p)).sum(0) / windows.tokens
             energy += states.square().sum(0) / windows.tokens
-    torch.testing.assert_close(sums.energy, energy)
-    assert abs(float(sums.gradient.sum() / expected.sum()) - 1) < 0.02
+    torch.testing.assert_close(sums.energy[0], energy)
+    gradient = sums.gradient[0]
+    assert abs(float(gradient.sum() / expected.sum()) - 1) < 0.02
     large = expected.topk(24).indices
-    assert float((sums.gradient[large] / expected[large] - 1).abs().mean()) < 0.35  # labels are drawn: some 500 of them
+    assert float((gradient[large] / expected[large] - 1).abs().mean()) < 0.35  # labels are drawn: some 500 of them
+
+
+@pytest.fixture(scope="module")
+def mixture(random_model: Callable[..., Any]) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    sizes = dict(vocab_size=96, hidden_size=64, moe_intermediate_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=16)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=128)
+    return random_model(Qwen3MoeConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+def test_experts_are_predicted_as_they_are_measured(mixture: Any, windows: Windows, tokens: list[Tensor]) -> None:
+    names = [f"model.layers.{i}.mlp.experts.{part}_proj" for i in (0, 1) for part in ("gate", "up", "down")]
+    before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    found = measure(mixture, windows, names, [Type.Q4_0, Type.Q5_0, Type.Q8_0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mixture.state_dict().items())
+    ratios = []
+    for name, costs in found.items():
+        assert costs[Type.Q8_0] < costs[Type.Q5_0] < costs[Type.Q4_0]
+        module, part = mixture.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        changed = copy.deepcopy(module.down_proj if part == "down_proj" else module.gate_up_proj).data
+        of = changed if part == "down_proj" else changed.chunk(2, 1)[part == "up_proj"]
+        of.copy_(decode(encode(of.flatten(0, 1), Type.Q5_0, None), Type.Q5_0).view_as(of))
+        reference = copy.deepcopy(mixture)
+        (module.down_proj if part == "down_proj" else module.gate_up_proj).data = changed
+        ratios.append(float(evaluate(mixture, reference, tokens, seq_len=42).kl or 0) / costs[Type.Q5_0])
+        mixture.load_state_dict(before)
+    assert all(0.5 < ratio < 5 for ratio in ratios[:3]), ratios  # the second router chooses others for some tokens
+    assert all(0.5 < ratio < 2 for ratio in ratios[3:]), ratios
+
+
+def test_what_is_known_of_experts(mixture: Any, windows: Windows) -> None:
+    """The mean square of what each expert is sent, and no padding; gradients of its outputs are those of the layer's, times its shares."""
+    name = "model.layers.1.mlp.experts.down_proj"
+    sums = sensitivity._gather(mixture, windows, {name: mixture.get_submodule(name.rpartition(".")[0])}, None)[name]
+    module, total, counts = mixture.model.layers[1].mlp.experts, torch.zeros(4, 32), torch.zeros(4)
+
+    def look(_: Any, args: Any) -> None:
+        for expert in range(4):
+            x = args[0][(args[1] == expert).any(1)]
+            h = module._apply_gate(x @ module.gate_up_proj[expert].T)
+            total[expert] += h.square().sum(0)
+            counts[expert] += len(x)
+
+    handle = module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        for ids, length in zip(windows.input_ids, windows.lengths, strict=True):
+            mixture(ids[None, : int(length)])
+    handle.remove()
+    assert torch.equal(sums.tokens, counts)
+    torch.testing.assert_close(sums.energy, total / counts[:, None])
+    assert sums.gradient.shape == (4, 64) and bool((sums.gradient > 0).all())
 
 
 def test_padding_makes_no_difference(model: Any, windows: Windows) -> None:

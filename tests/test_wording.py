@@ -55,7 +55,7 @@ WRONG = {  # arguments of `awq-hf quantize MODEL OUT` -> what the message says
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_quantize_names_its_own_options(arguments: tuple[str, ...], run: Run, llama_dir: Path, demo_dir: Path, tmp_path: Path) -> None:
+def test_quantize_names_its_own_options(arguments: tuple[str, str], run: Run, llama_dir: Path, demo_dir: Path, tmp_path: Path) -> None:
     done = run("quantize", llama_dir, tmp_path / "out", "--calibration", demo_dir / "calibration.txt", "--group-size", 32, *arguments)
     assert done.refused(WRONG[arguments]), done.err
     assert not re.search(r"modules_to_not_convert|\b\w+=[\['\d]", done.err), done.err

@@ -111,6 +111,14 @@ class Moments:
         result._sums = {name: total / outer for name, total in self._sums.items()}
         return result
 
+    def with_white_noise(self, share: float) -> Moments:
+        """The moments of x with noise added that is alike in all channels, and has `share` of x's mean energy: H + share mean(diag H) I."""
+        result = Moments()
+        result.tokens, result._divided = self.tokens, True
+        result._sums = {"H": self.H.clone()}
+        result._sums["H"].diagonal().add_(share * self.H.diagonal().mean())
+        return result
+
     def mixed(self, other: Moments, share: float) -> Moments:
         """share of these moments and the rest of `other`'s; these alone from a share of 1 on."""
         if share >= 1:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch
-from awq_hf.parallel import in_parallel
+from awq_hf.parallel import in_parallel, workers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -28,7 +28,7 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     had = module.__dict__.get("forward")  # accelerate keeps its own forward there
     module.forward = forward
     try:
@@ -76,8 +76,8 @@ class BlockStream:
 
         with ExitStack() as replaced:
             for block in self.blocks[:index]:
-                replaced.enter_context(_replaced_forward(block, stub))
-            replaced.enter_context(_replaced_forward(self.blocks[index], record))
+                replaced.enter_context(replaced_forward(block, stub))
+            replaced.enter_context(replaced_forward(self.blocks[index], record))
             with suppress(_Stop):
                 self.model(**model_inputs(self.model, batch))
         return recorded[0]
@@ -92,6 +92,29 @@ def _carry_on(call: Call, before: Call) -> None:
     for name, value in call[1].items():
         if isinstance(value, MutableMapping) and isinstance(before[1].get(name), Mapping):
             value.update(before[1][name])
+
+
+def inputs_of(
+    model: nn.Module, module: nn.Module, batches: Sequence[Batch], progress: Callable[..., Any] | None = None
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Every batch with what the model hands to a module that it calls once, the head: [tokens, in], without padding."""
+
+    def stop(x: Tensor) -> None:
+        raise _Stop(x)
+
+    def one(batch: Batch) -> Tensor:
+        try:
+            model(**model_inputs(model, batch))
+        except _Stop as stopped:
+            return batch.real_tokens(stopped.args[0].flatten(0, -2))
+        raise RuntimeError(f"the model does not call its {type(module).__name__}")
+
+    step = workers()  # as many as run at once: what they hand over is not kept
+    starts: Any = range(0, len(batches), step)
+    for start in progress(starts, desc="Running the float model", unit="batch", unit_scale=step) if progress else starts:
+        with replaced_forward(module, stop):
+            found = in_parallel(one, batches[start : start + step])
+        yield from zip(batches[start : start + step], found, strict=True)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

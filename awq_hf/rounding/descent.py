@@ -36,7 +36,11 @@ def round_by_descent(weight: Tensor, grid: Grid, H: Tensor, shrinkage: float = 0
 
 def codes_by_descent(weight: Tensor, grid: Grid, H: Tensor, shrinkage: float = 0.0, sweeps: int = SWEEPS) -> Tensor:  # noqa: N803
     """The same on a grid that stays as it is: codes float32 [out, in]."""
-    prepared = Prepared.of(H, shrinkage)
+    return codes_on_grid(weight, grid, Prepared.of(H, shrinkage), sweeps)
+
+
+def codes_on_grid(weight: Tensor, grid: Grid, prepared: Prepared, sweeps: int = SWEEPS) -> Tensor:
+    """The same for one of several weights with the same H."""
 
     def piece(rows: slice) -> Tensor:
         codes = round_rows(weight[rows], grid.rows(rows), prepared)

@@ -109,6 +109,19 @@ def test_scaled_moments_are_those_of_the_scaled_inputs() -> None:
     assert plain.scaled(scales).P is None and plain.scaled(scales).R is None
 
 
+def test_white_noise_adds_to_an_output_error_what_it_would_in_every_channel_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, d = torch.randn(500, 6, generator=generator) * torch.arange(1, 7), torch.randn(4, 6, generator=generator)
+    moments = Moments()
+    moments.add(x)
+    before = moments.H.clone()
+    noisy = moments.with_white_noise(0.5)
+    weight = torch.zeros(4, 6)
+    expected = (x @ d.T).square().mean(0) + 0.5 * x.square().mean() * d.square().sum(1)
+    torch.testing.assert_close(output_error(weight, d, noisy), expected)
+    assert noisy.tokens == 500 and torch.equal(moments.H, before)
+
+
 def test_a_fold_changes_no_output_error() -> None:
     """Scaling the weights by s and the inputs by 1 / s: the same function, so the same error."""
     x, x0, weight, changed = integers(32, IN), integers(32, IN, seed=1), integers(OUT, IN, seed=2), integers(OUT, IN, seed=3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch, Windows
-from awq_hf.calibration.stream import BlockStream, capture_inputs
+from awq_hf.calibration.stream import BlockStream, capture_inputs, inputs_of
 
 
 class Block(nn.Module):
@@ -138,3 +138,21 @@ def test_a_linear_that_does_not_run_has_no_input(model: Model) -> None:
     call = ((torch.randn(1, 3, 8),), {"shift": torch.tensor(0.0)})
     ((inputs, output),) = capture_inputs(model.model.layers[0], [call], ["first", "unused"])
     assert list(inputs) == ["first"] and output is not None
+
+
+def test_inputs_of_one_module_end_the_forward_there(model: Model) -> None:
+    batches, block = some_batches(), model.model.layers[1]
+    assert isinstance(block, Block)
+    expected = []
+    for batch in batches:
+        ((inputs, _),) = capture_inputs(block, [calls_of(model, batch)[1]], ["second"])
+        expected.append(batch.real_tokens(inputs["second"]))
+    model.model.layers[2].register_forward_pre_hook(lambda *_: pytest.fail("the forward went on"))
+    found = list(inputs_of(model, block.second, batches))
+    assert [batch for batch, _ in found] == batches and "forward" not in block.second.__dict__
+    assert all(torch.equal(x, other) and not x.requires_grad for (_, x), other in zip(found, expected, strict=True))
+
+
+def test_a_module_that_the_model_does_not_call_has_no_inputs(model: Model) -> None:
+    with pytest.raises(RuntimeError, match="the model does not call its Linear"):
+        list(inputs_of(model, model.model.layers[0].unused, some_batches()))
