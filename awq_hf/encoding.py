@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from gguf import GGMLQuantizationType as Type
 from torch import nn
 
@@ -68,6 +69,8 @@ def _plan(model: nn.Module, kinds: Mapping[str, Type]) -> Plan:
             _check_width(name, _width(modules[name]), kind)
             if name.startswith(f"{prefix}."):
                 specs[name] = PROXIES.get(kind, PROXY)
+            elif not bool(torch.isfinite(modules[name].get_parameter("weight")).all()):
+                raise ValueError(f"{name}.weight holds NaN or infinity: the checkpoint is damaged, or does not fit its dtype")
     return Plan(specs, {}, experts)
 
 

@@ -71,6 +71,7 @@ class Bench:
                 _keep_blocks(saves[way])
             found[way] = self.subject.measure(model, self.original, MAX_TOKENS)
             print(kind, way, found[way].kl, flush=True)
+        found = {way: found[way] for way in ("plain", "importance", "ours", "importance, general", "ours, general")}
         row: dict[str, Any] = {"type": kind, **about} | {f"KL {way}": result.kl for way, result in found.items()}
         row |= {"ours / importance": row["KL ours"] / row["KL importance"]}
         row |= {f"top-1 {way}": result.top1 for way, result in found.items()}

@@ -116,3 +116,11 @@ def test_what_loses_to_the_plain_quantizer_is_not_taken() -> None:
     candidates = {"importance": encode(weight.roll(1, 0), Type.Q4_K, None)}
     found = judge_blocks((candidates, (0.0, None)), weight, Type.Q4_K, (plain, plain), held)
     assert found.rounding == ["plain"] and found.loss == pytest.approx(found.plain) and torch.equal(found.data, blocks)
+
+
+def test_a_damaged_head_is_refused_before_any_work(model: Any, windows: Windows) -> None:
+    damaged = copy.deepcopy(model)
+    damaged.lm_head.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"^lm_head.weight holds NaN or infinity: the checkpoint is damaged"):
+        encode_model(damaged, ENDS, RECIPE, windows)
+    assert torch.equal(damaged.model.embed_tokens.weight, model.model.embed_tokens.weight)

@@ -155,4 +155,4 @@ def test_inputs_of_one_module_end_the_forward_there(model: Model) -> None:
 
 def test_a_module_that_the_model_does_not_call_has_no_inputs(model: Model) -> None:
     with pytest.raises(RuntimeError, match="the model does not call its Linear"):
-        list(inputs_of(model, model.get_submodule("model.layers.0.unused"), some_batches()))
+        list(inputs_of(model, model.model.layers[0].get_submodule("unused"), some_batches()))
