@@ -1,7 +1,7 @@
 """The numbers that the compiled kernels compute, without a GPU: launchers run on tensors of the CPU, and what Triton compiles for them to
 PTX for sm_80 (mma.sync) and sm_90 (wgmma) is executed by tests/kernels/ptx. Run by test_triton.py, in a process of its own.
 
-Other than Triton's interpreter this runs the compiler's work: layouts, pipelining, barriers, what it makes of the assembly and of bfloat16.
+Unlike Triton's interpreter this runs the compiler's work: layouts, pipelining, barriers, what it makes of the assembly and of bfloat16.
 It is not a GPU: what the assembler makes of the PTX is not seen, nor the order and rounding of a tensor core's sums. Cases are those of
 numerics.py, exact whatever that order; a few of each kind, since every one is compiled.
 """
@@ -26,6 +26,7 @@ __all__ = ["device"]  # a fixture
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 NO_BIAS = False
+FEW = 3  # of a token's values are not 0: its results have few bits, which the output holds, and all weigh. With more, all codes do.
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +52,11 @@ GEMV = [
 
 @pytest.mark.parametrize("sm, shape, dtype, bits, has_bias", GEMV)
 def test_gemv(sm: int, shape: tuple[int, int, int], dtype: torch.dtype, bits: int, has_bias: bool, device: Device) -> None:
-    device.sm, case = sm, Case(*shape, 1, dtype, bits, nonzero=shape[1])
-    y = gemv.gemv(case.x, *case.weight, case.bias if has_bias else None, bits)
-    assert torch.equal(y, case.expected if has_bias else case.rounded(case.exact))
-    assert device.launched == ["gemv_kernel"]
+    device.sm = sm
+    for case in (Case(*shape, 1, dtype, bits, nonzero=nonzero) for nonzero in (FEW, shape[1])):
+        y = gemv.gemv(case.x, *case.weight, case.bias if has_bias else None, bits)
+        assert torch.equal(y, case.expected if has_bias else case.rounded(case.exact))
+    assert device.launched == ["gemv_kernel"] * 2
 
 
 def test_gemv_of_a_view_that_is_not_aligned(device: Device) -> None:
@@ -66,14 +68,14 @@ def test_gemv_of_a_view_that_is_not_aligned(device: Device) -> None:
 
 # Tokens: of every bucket of tiles
 GEMM = [
-    (80, (136, 256, 128), 8, HALF, 4, 1, True),
-    (80, (136, 256, 128), 8, BRAIN, 4, 1, True),
-    (80, (136, 256, 128), 8, BRAIN, 8, 1, True),
-    (80, (136, 256, 128), 9, HALF, 4, 1, True),
-    (80, (136, 256, 128), 17, BRAIN, 4, 1, True),
-    (80, (136, 256, 128), 33, HALF, 4, 1, True),
-    (80, (136, 256, 128), 70, BRAIN, 4, 1, True),
-    (80, (136, 256, 128), 70, HALF, 8, 1, True),
+    (80, (136, 640, 128), 8, HALF, 4, 1, True),
+    (80, (136, 640, 128), 8, BRAIN, 4, 1, True),
+    (80, (136, 640, 128), 8, BRAIN, 8, 1, True),
+    (80, (136, 640, 128), 9, HALF, 4, 1, True),
+    (80, (136, 640, 128), 17, BRAIN, 4, 1, True),
+    (80, (136, 640, 128), 33, HALF, 4, 1, True),
+    (80, (136, 640, 128), 70, BRAIN, 4, 1, True),
+    (80, (136, 640, 128), 70, HALF, 8, 1, True),
     (80, (72, 160, 32), 5, BRAIN, 4, 1, True),
     (80, (72, 160, 32), 5, HALF, 8, 1, NO_BIAS),
     (80, (40, 192, 64), 5, HALF, 4, 1, NO_BIAS),
@@ -81,10 +83,10 @@ GEMM = [
     (80, (40, 200, 200), 5, BRAIN, 8, 1, True),
     (80, (24, 1152, 128), 5, HALF, 4, 3, True),
     (80, (24, 1152, 128), 5, BRAIN, 4, 3, NO_BIAS),
-    (90, (136, 256, 128), 8, HALF, 4, 1, True),
-    (90, (136, 256, 128), 17, BRAIN, 4, 1, True),
-    (90, (136, 256, 128), 70, HALF, 4, 1, True),
-    (90, (136, 256, 128), 70, BRAIN, 8, 1, True),
+    (90, (136, 640, 128), 8, HALF, 4, 1, True),
+    (90, (136, 640, 128), 17, BRAIN, 4, 1, True),
+    (90, (136, 640, 128), 70, HALF, 4, 1, True),
+    (90, (136, 640, 128), 70, BRAIN, 8, 1, True),
     (90, (72, 160, 32), 9, HALF, 8, 1, NO_BIAS),
     (90, (40, 200, 200), 5, BRAIN, 4, 1, True),
     (90, (40, 1152, 64), 33, BRAIN, 4, 2, True),
@@ -95,16 +97,17 @@ GEMM = [
 def test_gemm(
     sm: int, shape: tuple[int, int, int], m: int, dtype: torch.dtype, bits: int, splits: int, has_bias: bool, device: Device
 ) -> None:
-    device.sm, case = sm, Case(*shape, m, dtype, bits, symmetric=m == 9)
-    y = gemm.gemm(case.x, *case.weight, case.bias if has_bias else None, bits, splits=splits)
-    assert torch.equal(y, case.expected if has_bias else case.rounded(case.exact))
-    assert device.launched == ["gemm_kernel", "reduce_kernel"][: 1 + (splits > 1)]
+    device.sm = sm
+    for case in (Case(*shape, m, dtype, bits, symmetric=m == 9, nonzero=nonzero) for nonzero in (FEW, shape[1])):
+        y = gemm.gemm(case.x, *case.weight, case.bias if has_bias else None, bits, splits=splits)
+        assert torch.equal(y, case.expected if has_bias else case.rounded(case.exact))
+    assert device.launched == ["gemm_kernel", "reduce_kernel"][: 1 + (splits > 1)] * 2
 
 
 @pytest.mark.parametrize("sm, dtype", [(80, BRAIN), (80, HALF), (90, HALF)])
 def test_sums_that_are_not_exact_are_near(sm: int, dtype: torch.dtype, device: Device) -> None:
-    device.sm, case = sm, Case(136, 256, 128, 8, dtype)
-    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    device.sm, case = sm, Case(136, 640, 128, 8, dtype)
+    x = torch.randn(8, 640, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = gemm.gemm(x, *case.weight, case.bias, splits=1)
     exact = x.double() @ case.dense + case.bias.double()
     torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
@@ -113,7 +116,7 @@ def test_sums_that_are_not_exact_are_near(sm: int, dtype: torch.dtype, device: D
 @pytest.mark.parametrize("sm, dtype, bits, m", [(80, HALF, 4, 5), (80, BRAIN, 8, 5), (80, HALF, 8, 70), (90, BRAIN, 4, 5)])
 def test_experts(sm: int, dtype: torch.dtype, bits: int, m: int, device: Device) -> None:
     device.sm, counts = sm, [0, m, 0, 1, 17]
-    cases = [Case(72, 160, 32, max(1, count), dtype, bits, seed=expert) for expert, count in enumerate(counts)]
+    cases = [Case(72, 672, 32, max(1, count), dtype, bits, seed=expert, nonzero=672) for expert, count in enumerate(counts)]
     weight = KernelWeight(*(torch.stack(part) for part in zip(*(case.weight for case in cases), strict=True)))
     gather = lambda name: torch.cat([getattr(case, name)[:count] for case, count in zip(cases, counts, strict=True)])  # noqa: E731
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -155,7 +158,7 @@ def test_the_products_with_the_dense_matrix(device: Device, monkeypatch: pytest.
 
 
 def product() -> tuple[Tensor, Tensor]:
-    case = Case(136, 256, 128, 8, HALF)
+    case = Case(136, 640, 128, 8, HALF, nonzero=640)
     return gemm.gemm(case.x, *case.weight, case.bias, splits=1), case.expected
 
 
