@@ -94,7 +94,7 @@ def to_gguf(
         return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
     if exact:
         raise ValueError(
-            f"{option('exact')} keeps the codes of a quantized checkpoint; this model is float: {option('type', 'F32')}, F16 or BF16 is"
+            f"{option('exact')} keeps the codes of a quantized checkpoint; of a float one, {option('type', 'F32')}, F16 or BF16 is exact"
         )
     wanted = check_name(type or (DEFAULT if target_bpw is None else _usual(target_bpw)))
     if wanted == AUTO:

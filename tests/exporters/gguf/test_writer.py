@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), dict(free=1000)))
-    with pytest.raises(OSError, match=r"has 0.0 GB free, model.gguf needs 0.0 GB"):
+    with pytest.raises(OSError, match=r"has [\d.]+ MB free, model.gguf needs [\d.]+ MB"):
         write(folder, path, overwrite=True)
     assert (path.read_text(), [file.name for file in tmp_path.iterdir()]) == ("old", ["model.gguf"])
 
@@ -307,7 +307,7 @@ def test_checkpoints_that_lack_tensors_or_have_others_are_refused(change: Any, m
 
 
 def test_options_are_checked(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="type 'Q9' is not written to GGUF files; choose one of F32, F16"):
+    with pytest.raises(ValueError, match="type='Q9' is not written to GGUF files; choose one of F32, F16"):
         write(folder, tmp_path, type="Q9")
     with pytest.raises(ValueError, match="metadata has no field 'licence'; there are: .*license"):
         write(folder, tmp_path, metadata={"licence": "mit"})
