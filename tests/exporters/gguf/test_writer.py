@@ -307,7 +307,7 @@ def test_checkpoints_that_lack_tensors_or_have_others_are_refused(change: Any, m
 
 
 def test_options_are_checked(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="type='Q9' is not written to GGUF files; choose one of F32, F16"):
+    with pytest.raises(ValueError, match="type 'Q9' is not written to GGUF files; choose one of F32, F16"):
         write(folder, tmp_path, type="Q9")
     with pytest.raises(ValueError, match="metadata has no field 'licence'; there are: .*license"):
         write(folder, tmp_path, metadata={"licence": "mit"})
