@@ -40,7 +40,7 @@ def test_the_command_line_has_every_option_that_messages_name() -> None:
     assert {as_option(name, *[False] * (name == "search")) for name in named} <= known
 
 
-WRONG = {  # arguments of `awq-hf quantize MODEL OUT` -> what the message says; more in test_bad_input.py
+WRONG: dict[tuple[str, ...], str] = {  # arguments of `awq-hf quantize MODEL OUT` -> what the message says; more in test_bad_input.py
     ("--group-size", "256"): "Or leave these layers in float: --skip",
     ("--override", "nothing=8"): "--override: 'nothing' is in no layer's name",
     ("--device", "tpu"): "--device tpu is not a device; give",
