@@ -163,7 +163,12 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
         except HFValidationError:
             raise ValueError(f"{name} is not a directory, and cannot be a Hub id (owner/name) either") from None
     where = {key: value for key, value in load_options.items() if key in LOCATION}
-    config, _ = PreTrainedConfig.get_config_dict(name, **where)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **where)
+    except OSError as error:
+        if name in str(error):
+            raise
+        raise OSError(f"{name} is no directory here, and as an id of the Hub: {error}") from error
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "of unknown method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"{name} is quantized already ({method}); quantize the float model that it was made from")

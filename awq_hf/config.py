@@ -118,7 +118,10 @@ class AwqConfig(TransformersAwqConfig):
         if unknown := options.keys() - {"bits", "group_size", "zero_point"}:
             raise ValueError(f"overrides[{part!r}] has no option {sorted(unknown)[0]!r}; give bits, group_size or zero_point")
         bits, group_size, zero_point = (options.get(key, getattr(self, key)) for key in ("bits", "group_size", "zero_point"))
-        return QuantSpec(bits, group_size, symmetric=not zero_point)
+        try:
+            return QuantSpec(bits, group_size, symmetric=not zero_point)
+        except ValueError as error:
+            raise ValueError(f"{option('overrides')}: {part!r}: {error}") from None
 
     def spec_of(self, module_name: str) -> QuantSpec:
         """How a module of a quantized checkpoint is stored. The skip list has no say: the tensors tell what is quantized."""

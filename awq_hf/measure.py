@@ -26,6 +26,7 @@ from awq_hf.compat import Conv1D
 from awq_hf.evaluate import Texts, evaluate_many
 from awq_hf.linear import PackedModule, packed_modules
 from awq_hf.machine import machine, versions
+from awq_hf.output import check_writable, write_whole
 from awq_hf.spec import QuantSpec
 
 EVALUATION_NAME = "evaluation.json"
@@ -60,6 +61,7 @@ def measure(
     In memory are the original and one other model at a time. Raises ValueError as `evaluate` does, before a model is loaded.
     """
     folder, where = Path(directory), dict(location or {})
+    check_writable(folder)
     config = read_config(original, trust_remote_code, **where)
     tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=trust_remote_code, **where)
     kind, options = class_for(config, trust_remote_code), dict(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
@@ -99,9 +101,7 @@ def measure(
         "machine": machine(reference.device),
         "rows": rows,
     }
-    partial = folder / f".{EVALUATION_NAME}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / EVALUATION_NAME)
+    write_whole(folder / EVALUATION_NAME, f"{json.dumps(content, indent=1)}\n".encode())
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -9,6 +10,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def check_output(output: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -24,10 +27,33 @@ def check_output(output: str | os.PathLike[str], overwrite: bool = False) -> Pat
             raise FileExistsError(f"{output} exists and is no model's directory; only such are overwritten: choose another name")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _beside(target).rmdir()
     except OSError as error:
-        raise PermissionError(f"{target.parent} cannot be written to ({error.strerror}); choose another output directory") from error
+        raise _not_writable(target.parent, error) from error
+    check_writable(target.parent)
     return target
+
+
+def check_writable(folder: Path) -> None:
+    """Raises PermissionError where nothing can be written into a folder: that is tried."""
+    try:
+        _beside(folder / "a").rmdir()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> PermissionError:
+    return PermissionError(f"{folder} cannot be written to ({error.strerror}); choose another output directory")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, over one that is there. Raises OSError naming it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} was not written ({error.strerror})") from error
 
 
 def _beside(target: Path) -> Path:
@@ -37,7 +63,10 @@ def _beside(target: Path) -> Path:
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A path to write a file or a directory to, which becomes `target` when the block ends, and is gone when it fails."""
+    """A path to write a file or a directory to, which becomes `target` when the block ends, and is gone when it fails.
+
+    Where the disk is full, that is said of `target`: safetensors does not say of what.
+    """
     room = _beside(target)
     try:
         partial = room / target.name
@@ -53,6 +82,10 @@ def whole(target: Path) -> Iterator[Path]:
         except BaseException:
             old.rename(target)
             raise
+    except (OSError, SafetensorError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(f"{target} was not written, nothing of it is left: no space on its disk; make room or write elsewhere") from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
 

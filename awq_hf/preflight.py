@@ -236,7 +236,7 @@ def check_room(directory: Path, needed: int) -> None:
     """Raise ValueError when the file system of `directory` has no room for `needed` bytes and a tenth more."""
     free = shutil.disk_usage(directory).free
     if free < 1.1 * needed:
-        room = f"{free / 1e6:,.0f} MB free, and the result takes {needed / 1e6:,.0f} MB"
+        room = f"{free / 1e6:,.1f} MB free, and the result takes {needed / 1e6:,.1f} MB"
         raise ValueError(f"{directory} has {room}; make room or write elsewhere")
 
 

@@ -97,13 +97,11 @@ def to_gguf(
         return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
     if exact:
         raise ValueError(
-            f"{option('exact')} keeps the codes of a quantized checkpoint; this model is float: {option('type', 'F32')}, F16 or BF16 is"
+            f"{option('exact')} keeps the codes of a quantized checkpoint; this model is float: type F32, F16 or BF16 keeps its weights"
         )
     wanted = check_name(type or (DEFAULT if target_bpw is None else _usual(target_bpw)))
     if wanted == AUTO:
-        raise ValueError(
-            f"{option('type', 'auto')} is for quantized checkpoints, whose codes decide; choose a type for this float model: {DEFAULT}"
-        )
+        raise ValueError(f"type auto is for quantized checkpoints, whose codes decide; choose a type for this float model: {DEFAULT}")
     types = plan_types(checkpoint, plan, wanted)
     if not searched or not set(types.values()) - {*FLOATS, Type.Q8_0}:
         return GgufExport(export(checkpoint, path, type=wanted, importance=columns, **options), types)

@@ -187,7 +187,7 @@ def test_an_error_in_the_middle_leaves_nothing(
 
 
 def test_debug_shows_the_traceback(run: Run, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="bits=5"):
+    with pytest.raises(ValueError, match="--bits 5"):
         run("--debug", "quantize", model, tmp_path / "out", "--bits", 5)
 
 

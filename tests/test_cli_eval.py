@@ -112,7 +112,7 @@ def test_table(evaluate: Callable[..., Result], original: Path, sharper: Path, m
 
 def test_devices_and_numbers_that_do_not_exist(evaluate: Callable[..., Result], original: Path, no_weights: None) -> None:
     assert is_one_error(evaluate(original, "--dtype", "float17"), "float17")
-    assert is_one_error(evaluate(original, "--batch-size", 0), "batch_size=0")
+    assert is_one_error(evaluate(original, "--batch-size", 0), "--batch-size 0")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,19 @@ def test_what_is_not_read_of_a_gptq_checkpoint_needs_gptqmodel(
     content["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (gptq / "config.json").write_text(json.dumps(content), encoding="utf-8")
     assert is_one_error(evaluate(gptq), "is gptq of a kind that is not read here (no tensor is named *.qweight)", "pip install gptqmodel")
+
+
+def test_a_name_that_nothing_can_have(evaluate: Callable[..., Result], original: Path, no_weights: None) -> None:
+    for arguments in (("no where",), (original, "--reference", "no where")):
+        assert is_one_error(evaluate(*arguments), "there is no directory no where, and it cannot be a Hub id (owner/name) either")
+
+
+def test_windows_are_as_long_as_the_models_take(original: Path, variant: Callable[..., Path], demo_dir: Path) -> None:
+    short = variant("short", lambda model: setattr(model.config, "max_position_embeddings", 96))
+    text = ["--text", demo_dir / "evaluation.txt", "--max-tokens", "300", "--device", "cpu", "--json"]
+    result = CliRunner().invoke(cli.app, ["eval", *map(str, [original, "--reference", short, *text])])
+    assert result.exit_code == 0, result.stderr
+    assert (json.loads(result.stdout)[0]["seq_len"], json.loads(result.stdout)[0]["tokens"]) == (96, 288)
 
 
 def test_a_model_without_a_tokenizer(evaluate: Callable[..., Result], original: Path, tmp_path: Path, no_weights: None) -> None:

@@ -117,7 +117,7 @@ def test_errors_are_one_sentence(inspect: Callable[..., Any], llama_dir: Path, t
     for arguments, part in (
         ([tmp_path / "nowhere"], "there is no directory"),
         ([tmp_path], "holds no config.json"),
-        ([llama_dir, "--bits", 5], "bits=5"),
+        ([llama_dir, "--bits", 5], "--bits 5 is"),
         ([llama_dir, "--seq-len", 4096], "128 positions"),
         ([llama_dir, "--dtype", "float17"], "float17"),
     ):

@@ -133,9 +133,9 @@ def test_when_it_is_measured(
         (["--text", "none.txt"], ["none.txt' does not exist"]),
         (["--text", "none.txt", "--no-measure"], ["contradict each other"]),
         (["--private"], ["--private is about the repository of --push"]),
-        (["--base-model", "no id!"], ["base_model='no id!' is not the id of a repository"]),
+        (["--base-model", "no id!"], ["--base-model 'no id!' is not the id of a repository"]),
         (["--calibration", "none.txt"], ["none.txt' does not exist"]),
-        (["--group-size", "100"], ["group_size=100"]),
+        (["--group-size", "100"], ["--group-size 100 is"]),
     ],
 )
 def test_refused_before_the_work(

@@ -78,7 +78,7 @@ ALLOWED = {
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
     "rounding preflight report pipeline linear config model_cards serving",
     "targets": "classes base_model compat renaming config exporters matrices preflight spec",
-    "measure": "classes base_model spec affine calibration linear compat evaluate machine",
+    "measure": "classes base_model spec affine calibration linear compat evaluate machine output",
     "demo": "measure api config evaluate output report to_gguf",
     "cli": "classes api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure "
     "model_cards output preflight recipe_file rounding targets to_gguf",

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from awq_hf.output import write_whole
+
 EXAMPLES = (
     "Examples:\n\n`awq-hf card ./llama-awq --repo-id me/llama-awq`\n\n"
     "`awq-hf card ./somebodys-awq --base-model meta-llama/Llama-3.2-1B --overwrite`"
@@ -48,6 +50,4 @@ def put(files: Mapping[str, bytes], directory: Path) -> None:
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)

@@ -138,6 +138,11 @@ def check_device(device: str | None) -> str:
     import torch
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen != "auto":  # transformers' word for all devices that there are
+        try:
+            torch.device(chosen)
+        except RuntimeError as error:
+            raise ValueError(f'--device {chosen} is not a device; give "cpu", "cuda" or, of several, "cuda:1"') from error
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {chosen}: torch finds no CUDA device here; use --device cpu")
     return chosen
@@ -151,12 +156,28 @@ def check_dtype(dtype: str) -> str:
 
 def located(name: str) -> tuple[str, dict[str, Any]]:
     """A model's name and where it is, of owner/name@revision; a directory is its own."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     if Path(name).is_file():
         raise ValueError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a Hub id")
-    if Path(name).is_dir() or "@" not in name:
+    if Path(name).is_dir():
         return name, {}
-    name, _, revision = name.partition("@")
-    return name, {"revision": revision}
+    hub_id, _, revision = name.partition("@")
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError:
+        raise ValueError(f"there is no directory {name}, and it cannot be a Hub id (owner/name) either") from None
+    return hub_id, {"revision": revision} if revision else {}
+
+
+def positions_of(given: str, trusted: bool) -> int | None:
+    """How many tokens a model takes at once, where its config says so."""
+    from awq_hf.classes import read_config
+
+    name, location = located(given)
+    found = getattr(read_config(name, trusted, **location).get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def shared_tokenizer(models: list[str], text: Path | None, trusted: bool) -> Any:

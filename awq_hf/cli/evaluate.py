@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from awq_hf.cli.common import AsJson, Device, Dtype, TrustRemoteCode, check_device, check_dtype, console, located, shared_tokenizer
+from awq_hf.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    TrustRemoteCode,
+    check_device,
+    check_dtype,
+    console,
+    located,
+    positions_of,
+    shared_tokenizer,
+)
 
 EXAMPLES = (
     "Examples:\n\n`awq-hf eval ./llama-awq --reference meta-llama/Llama-3.2-1B`\n\n"
@@ -27,9 +38,7 @@ def evaluate(
     ],
     text: Annotated[Path | None, Of(help="UTF-8 text file that calibration did not see; default: the embedded one.")] = None,
     reference: Annotated[str | None, Of(help="The original model; adds KL divergence and top-1 agreement.")] = None,
-    seq_len: Annotated[
-        int | None, Of(help="Tokens in a window; default: 512, with --save as many as the model takes, if that is less.")
-    ] = None,
+    seq_len: Annotated[int | None, Of(help="Tokens in a window; default: 512, or as many as the models take, if that is less.")] = None,
     max_tokens: Annotated[int | None, Of(help="Stop after so many tokens; default: all, with --save 65,536.")] = None,
     batch_size: Annotated[int, Of(help="Windows that run together; lower it when memory runs out.")] = 8,
     save: Annotated[
@@ -43,7 +52,7 @@ def evaluate(
     """Measure models on a text: perplexity, and with --reference how far they are from the original."""
     from awq_hf.compat import progress_bar
     from awq_hf.evaluation_table import rows_of, tables
-    from awq_hf.measure import MAX_TOKENS, SEQ_LEN
+    from awq_hf.measure import MAX_TOKENS
 
     options: dict[str, Any] = dict(dtype=check_dtype(dtype), device_map=check_device(device), trust_remote_code=trust_remote_code)
     common: dict[str, Any] = dict(batch_size=batch_size, progress=progress_bar)
@@ -59,7 +68,7 @@ def evaluate(
         found = measure(models[0], original, text, **how, **options, **common)
         rows = rows_of(found)
     else:
-        found = rows = _compared(models, reference, text, options, dict(seq_len=seq_len or SEQ_LEN, max_tokens=max_tokens, **common))
+        found = rows = _compared(models, reference, text, options, dict(seq_len=seq_len, max_tokens=max_tokens, **common))
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -72,7 +81,7 @@ def _compared(models: list[str], reference: str | None, text: Path | None, optio
     import awq_hf
     from awq_hf.classes import class_for, read_config
     from awq_hf.exporters.reading import PACKAGES, NotReadHere, load_export
-    from awq_hf.measure import weights_bytes
+    from awq_hf.measure import SEQ_LEN, weights_bytes
 
     def load(given: str) -> Any:
         name, location = located(given)
@@ -92,11 +101,15 @@ def _compared(models: list[str], reference: str | None, text: Path | None, optio
                     ) from reason
         return kind.from_pretrained(name, **location, **options)
 
+    everything = [*models, *([reference] if reference else [])]
+    tokenizer = shared_tokenizer(everything, text, options["trust_remote_code"])
+    if how["seq_len"] is None:
+        how["seq_len"] = min(SEQ_LEN, *(positions_of(given, options["trust_remote_code"]) or SEQ_LEN for given in everything))
     results = awq_hf.evaluate_many(
         {name: functools.partial(load, name) for name in models},
         None if reference is None else functools.partial(load, reference),
         text,
-        shared_tokenizer([*models, *([reference] if reference else [])], text, options["trust_remote_code"]),
+        tokenizer,
         **how,
     )
     size = lambda name: weights_bytes(*located(name))  # noqa: E731

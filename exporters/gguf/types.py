@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.repack import default_type, is_exact, misfit, types_for
 from awq_hf.spec import QuantSpec
-from awq_hf.wording import option
 
 FLOATS: dict[Type, torch.dtype] = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 EMBEDDINGS = ("token_embd", "output")
@@ -119,7 +118,7 @@ def check_name(wanted: str) -> str:
     """The name as it is written here. Raises ValueError for one that is not known."""
     found = {name.upper(): name for name in [AUTO, *names()]}.get(wanted.upper())
     if found is None:
-        raise ValueError(f"{option('type', wanted)} is not written to GGUF files; choose one of {', '.join(names())}, or auto")
+        raise ValueError(f"type {wanted!r} is not written to GGUF files; choose one of {', '.join(names())}, or auto")
     return found
 
 

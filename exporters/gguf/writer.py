@@ -26,6 +26,7 @@ from awq_hf.exporters.gguf.names import Place, Plan, add_shape, make_plan, origi
 from awq_hf.exporters.gguf.rope import add_rope
 from awq_hf.exporters.gguf.tokenizer import load_tokenizer, read_vocabulary
 from awq_hf.exporters.gguf.types import assign, check_name, encoding, file_type
+from awq_hf.output import check_writable
 from awq_hf.spec import EncodedWeight
 from awq_hf.wording import option
 
@@ -238,9 +239,10 @@ def _free_names(writer: GGUFWriter, target: Path, overwrite: bool) -> list[Path]
     if not overwrite and (found := [file for file in files if file.exists()]):
         raise FileExistsError(f"{found[0]} exists; choose another name, or say {option('overwrite', True)}")
     parent = next(folder for folder in target.parents if folder.exists())
+    check_writable(parent)
     needed, free = sum(info.nbytes for part in writer.tensors for info in part.values()), shutil.disk_usage(parent).free
     if needed > free:
-        raise OSError(f"{target.parent} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB")
+        raise OSError(f"{target.parent} has {free / 1e6:,.1f} MB free, {target.name} needs {needed / 1e6:,.1f} MB")
     return files
 
 
