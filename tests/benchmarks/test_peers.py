@@ -109,9 +109,16 @@ def test_plain_rounding_from_its_driver_to_a_row(tmp_path: Path) -> None:
         bench.row(PROGRAMS[0], 4)
 
 
-def test_a_program_that_fails_is_a_row_with_its_last_words(tmp_path: Path) -> None:
-    row = small(tmp_path).row(Program("none", "awq_hf", "plain", patch="none"), 5)
-    assert row["failed"].startswith("ValueError: bits") and "KL" not in row and row["patch"] == "none"
+def test_a_program_that_fails_is_a_row_with_its_last_words_and_is_tried_again(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho working\necho no memory >&2\nexit 1\n")
+    python.chmod(0o700)
+    bench = small(tmp_path)
+    bench.pythons["hqq"] = str(python)
+    program = Program("HQQ", "hqq", "hqq", patch="none")
+    assert bench.row(program, 4) == {"program": "HQQ", "bits": 4, "group size": 128, "patch": "none", "failed": "no memory"}
+    python.write_text("#!/bin/sh\nexit 1\n")
+    assert bench.row(program, 4)["failed"] == "no output"
 
 
 def small(folder: Path) -> peers.Bench:
