@@ -49,6 +49,14 @@ PROGRAMS = (
     Program("auto-round AWQ, bug fixed", "autoround", "awq-repaired", patch="the folded norms are written, not the float model's"),
     Program("HQQ", "hqq", "hqq"),
 )
+PACKAGES = {
+    "awq_hf": OURS,
+    "autoround": "auto-round",
+    "gptqmodel": "GPTQModel",
+    "llmcompressor": "llm-compressor",
+    "autoawq": "AutoAWQ",
+    "hqq": "HQQ",
+}
 
 
 def merged(rows: list[Row], row: Row) -> list[Row]:
@@ -106,15 +114,18 @@ def table(rows: list[Row], first: int = 4, second: int = 3) -> str:
 
 
 def summary(models: dict[str, list[Row]], widths: tuple[int, ...] = (4, 3)) -> str:
-    """Markdown: the share of plain rounding's KL, a program a line and a model and width a column."""
-    heads = ["program", *(f"{model}, {bits} bits" for model in models for bits in widths)]
-    lines = [heads, ["---"] * len(heads)]
-    for program in PROGRAMS[1:]:
-        found = [
-            next((r for r in rows if (r["program"], r["bits"]) == (program.name, b)), None) for rows in models.values() for b in widths
+    """Markdown: the share of plain rounding's KL, a package a line and a model and width a column; the best of a package's methods."""
+    lines = [["program", *(f"{model}, {bits} bits" for model in models for bits in widths)]]
+    lines.append(["---"] * len(lines[0]))
+    for driver, package in PACKAGES.items():
+        names = {program.name for program in PROGRAMS if program.driver == driver} - {PLAIN}
+        best = [
+            min((row["share"] for row in rows if row["program"] in names and row["bits"] == bits and "share" in row), default=None)
+            for rows in models.values()
+            for bits in widths
         ]
-        if any(found):
-            lines.append([program.name, *(_quality(row)[0] for row in found)])
+        if any(best):
+            lines.append([package, *("" if share is None else f"{share:.2f}" for share in best)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -49,8 +49,19 @@ def test_tables_have_a_line_for_every_program_and_say_what_failed() -> None:
     assert [line.split(" | ")[0] for line in lines[3:]] == ["| awq-hf", "| AutoAWQ", "| HQQ"]
     assert [line.split("|")[2].strip() for line in lines[3:]] == ["0.25", "failed", ""]
     assert len({line.count("|") for line in lines}) == 1
-    assert peer_table.summary({"a": rows, "b": []}).splitlines()[0] == "| program | a, 4 bits | a, 3 bits | b, 4 bits | b, 3 bits |"
-    assert peer_table.summary({"a": rows}).splitlines()[2:] == ["| awq-hf | 0.25 |  |", "| AutoAWQ | failed |  |", "| HQQ |  | 0.50 |"]
+
+
+def test_the_summary_has_a_packages_best_method_and_never_plain_rounding() -> None:
+    methods = {PLAIN: 0.04, OURS: 0.05, "llm-compressor AWQ": 0.03, "llm-compressor GPTQ": 0.02, "AutoAWQ, bug fixed": 0.06}
+    rows = [*(result(name, kl) for name, kl in methods.items()), result(PLAIN, 0.2, bits=3), result("HQQ", 0.1, bits=3)]
+    lines = peer_table.summary({"a": peer_table.with_shares(rows), "b": []}).splitlines()
+    assert lines[0] == "| program | a, 4 bits | a, 3 bits | b, 4 bits | b, 3 bits |"
+    assert [line.rstrip("| ") for line in lines[2:]] == [
+        "| awq-hf | 1.25",
+        "| llm-compressor | 0.50",
+        "| AutoAWQ | 1.50",
+        "| HQQ |  | 0.50",
+    ]
 
 
 def test_a_table_is_replaced_between_its_marks_only(tmp_path: Path) -> None:
@@ -79,6 +90,7 @@ def test_every_program_has_a_driver_and_only_ours_needs_no_environment() -> None
     for program in PROGRAMS:
         assert (ROOT / "benchmarks" / "peer_drivers" / f"{program.driver}.py").exists()
     assert {p.name for p in PROGRAMS if p.driver == peers.OWN} == {PLAIN, OURS}
+    assert peer_table.PACKAGES.keys() == {p.driver for p in PROGRAMS}
 
 
 def test_a_job_crosses_into_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
