@@ -46,7 +46,6 @@ PROGRAMS = (
     Program("auto-round", "autoround", "signround"),
     Program("auto-round best", "autoround", "signround-best"),
     Program("auto-round AWQ", "autoround", "awq", faithful=False),
-    Program("auto-round AWQ, bug fixed", "autoround", "awq-repaired", patch="the folded norms are written, not the float model's"),
     Program("HQQ", "hqq", "hqq"),
 )
 PACKAGES = {

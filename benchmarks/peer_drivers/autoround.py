@@ -1,9 +1,9 @@
 """auto-round: its signed gradient descent, and its AWQ; AWQ's format at 4 bits, its own at others.
 
-Its loader wants gptqmodel for either, and without it puts random weights in place of the quantized ones. So logits are those of the model
-that it has in memory before it packs the weights; of other widths than 4, which awq-hf does not read either, so are the weights.
-"awq-repaired": in saving, tensors that the float model's files hold in float32 are put back from there, over norms that AWQ's scales were
-folded into. Here they are not.
+transformers loads neither in that environment: for AWQ's format it wants gptqmodel, and of the other it left the quantized weights
+uninitialized. So logits are those of the model that auto-round has in memory before it packs the weights; of other widths than 4, which
+awq-hf does not read either, so are the weights.
+In saving, tensors that the float model's files hold in float32 are put back from there, over norms that AWQ's scales were folded into.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from auto_round import AutoRound
-from auto_round.export import utils as saving
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,8 +24,6 @@ ITERATIONS = {"signround": 200, "signround-best": 1000}  # its default; what it 
 def main() -> None:
     job = Job.read()
     tokens = job.tokens
-    if job.method == "awq-repaired":
-        saving.restore_fp32_tensors_from_source = lambda **_: None
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
     model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32)
     tuning = AutoRound(
