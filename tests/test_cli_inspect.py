@@ -81,8 +81,8 @@ def test_a_short_memory_is_warned_of(inspect: Callable[..., Any], llama_dir: Pat
     monkeypatch.setattr(costs, "free_memory", lambda _device: 10**6)
     lines = lines_of(inspect(llama_dir, "--group-size", 32))
     assert lines[-2].startswith("WARNING: this will not fit") and "Fewer --samples" in " ".join(lines[-2:])
-    monkeypatch.setattr(costs, "free_memory", lambda _device: 10**5)
-    assert "The model alone is larger." in " ".join(lines_of(inspect(llama_dir, "--group-size", 32))[-2:])
+    monkeypatch.setattr(costs, "free_memory", lambda _device: 10**4)
+    assert "The quantized model alone is larger." in " ".join(lines_of(inspect(llama_dir, "--group-size", 32))[-2:])
 
 
 def test_an_architecture_with_long_names(inspect: Callable[..., Any], random_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -237,11 +237,18 @@ def test_an_export_that_failed_can_be_repeated(target: str, run: Run, model: Pat
 
 
 def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_self: BlockWork) -> None:
-        raise KeyboardInterrupt
+    choose_scales = BlockWork.choose_scales
+
+    def fail(self: BlockWork, at: str) -> None:
+        if self.name.endswith(at):
+            raise KeyboardInterrupt
+        choose_scales(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockWork, "choose_scales", fail)
+        patch.setattr(BlockWork, "choose_scales", lambda self: fail(self, "layers.0"))
+        stopped = run("quantize", model, tmp_path / "out", *PLAIN, "--resume")
+        assert stopped.status == 130 and "kept in" not in stopped.err and not (tmp_path / "out.progress").exists()
+        patch.setattr(BlockWork, "choose_scales", lambda self: fail(self, "layers.1"))
         stopped = run("quantize", model, tmp_path / "out", *PLAIN, "--resume")
     assert stopped.status == 130 and f"kept in {tmp_path / 'out'}.progress" in stopped.err and (tmp_path / "out.progress").is_dir()
     assert run("quantize", model, tmp_path / "out", *PLAIN, "--resume").status == 0

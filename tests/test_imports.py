@@ -50,7 +50,8 @@ ALLOWED = {
     "block": "spec affine parallel experts expert_block matrices layer linear blocks calibration folding transforms recipe report "
     "residual_errors",
     "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
-    "block resume",
+    "block resume streaming",
+    "streaming": "blocks renaming",
     "resume": "affine block calibration linear parallel report",
     "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
     "encoded_layer encoded_experts encoded_ends",
@@ -65,7 +66,7 @@ ALLOWED = {
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "beside unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint "
-    "preflight skip_list serving pipeline prepare compat renaming config output",
+    "preflight skip_list serving pipeline prepare compat renaming config output streaming",
     "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding encoded_layer encoded_experts experts exporters "
     "hf_quantizer compat renaming report",
     "output": "",
@@ -86,6 +87,7 @@ ALLOWED = {
 }
 TRANSFORMERS = {
     "renaming",
+    "streaming",
     "config",
     "hf_quantizer",
     "compat",

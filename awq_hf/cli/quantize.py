@@ -170,7 +170,7 @@ class _OneRun:
         try:
             model: Any = awq_hf.quantize(self.model, self.config, output_dir=self.out, **options)
         except (Exception, KeyboardInterrupt):
-            if self.resume:
+            if self.resume and Path(f"{self.out}.progress").is_dir():
                 typer.echo(f"Finished blocks are kept in {self.out}.progress; the same command goes on from there.", err=True)
             raise
         report = model.awq_report

@@ -61,7 +61,7 @@ def importances(k: int) -> dict[str, Floats | None]:
     return {
         "none": None,
         "ones": np.ones(k, np.float32),
-        "spread": spread**3 / (np.float32(1.001) - spread),
+        "spread": spread * spread * spread / (np.float32(1.001) - spread),
         "holes": spread * (uniform(k, seed=31) < 0.3),
         "zeros": np.zeros(k, np.float32),
     }
