@@ -2,6 +2,7 @@
 
 python -m benchmarks.memory                     a random Llama of 1B shape, 4 of its 16 blocks, 32 x 512 tokens
 python -m benchmarks.memory --blocks 16         all of it
+python -m benchmarks.memory --weights           plain rounding, from files and of a model that was loaded whole: what weights alone take
 
 The model is written to a temporary directory first and loaded in a process of its own, whose memory is sampled. "Above Python" is the
 peak of a phase less what Python and the libraries take.
@@ -48,12 +49,13 @@ class Sampler(threading.Thread):
             time.sleep(0.005)
 
 
-def measure(directory: str, windows: int) -> None:
-    """In the child process: quantize, and print what was seen as JSON."""
+def measure(directory: str, windows: int, plain: bool, loaded: bool) -> None:
+    """In the child process: quantize, and print what was seen as JSON. plain: round plainly; loaded: load the float model before."""
     from contextlib import contextmanager
 
     from transformers import AutoModelForCausalLM
 
+    import awq_hf
     from awq_hf import AwqConfig
     from awq_hf.report import Report
 
@@ -73,8 +75,11 @@ def measure(directory: str, windows: int) -> None:
     start = resident()
     sampler.start()
     tokens = [torch.randint(SHAPE["vocab_size"], (SEQ_LEN,), generator=torch.Generator().manual_seed(i)) for i in range(windows)]
-    config = AwqConfig(calibration=tokens, samples=windows, seq_len=SEQ_LEN)
-    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    config = (AwqConfig.plain_rounding if plain else AwqConfig)(calibration=tokens, samples=windows, seq_len=SEQ_LEN)
+    if loaded:
+        model = awq_hf.quantize(AutoModelForCausalLM.from_pretrained(directory), config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
     found = {"start": start, "end": resident(), "peaks": sampler.peaks, "seconds": model.awq_report.seconds}
     print(json.dumps(found))
 
@@ -94,15 +99,33 @@ def terms(config: LlamaConfig, windows: int) -> dict[str, int]:
     }
 
 
+def in_child(directory: str, windows: int, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", directory, "--windows", str(windows), *flags]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return found
+
+
+def weights_alone(directory: str, size: int, blocks: int) -> None:
+    """Where the float weights are makes the difference; two windows, so that activations do not."""
+    rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}]
+    for how, flags in (("blocks from files", ()), ("loaded whole before", ("--loaded",))):
+        found = in_child(directory, 2, "--weights", *flags)
+        rows.append({"part": f"above Python, at the peak: {how}", "MB": (max(found["peaks"].values()) - found["start"]) / 1e6})
+        rows.append({"part": f"above Python, at the end: {how}", "MB": (found["end"] - found["start"]) / 1e6})
+    publish("memory_weights", f"memory of rounding {blocks} blocks of 1B shape plainly, 2 x {SEQ_LEN} tokens", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--child", metavar="DIRECTORY")
+    parser.add_argument("--weights", action="store_true")
+    parser.add_argument("--child", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    parser.add_argument("--loaded", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet()
     if options.child:
-        measure(options.child, options.windows)
+        measure(options.child, options.windows, options.weights, options.loaded)
         return
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, num_hidden_layers=options.blocks, tie_word_embeddings=True)
@@ -111,11 +134,12 @@ def main() -> None:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         model.save_pretrained(directory)
         del model
-        command = [sys.executable, "-m", "benchmarks.memory", "--child", directory, "--windows", str(options.windows)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    floor = found["start"]
+        if options.weights:
+            weights_alone(directory, size, options.blocks)
+            return
+        found = in_child(directory, options.windows)
     rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}, {"part": "python and libraries", "MB": found["start"] / 1e6}]
-    rows += [{"part": f"above Python: {name}", "MB": max(0, peak - floor) / 1e6} for name, peak in found["peaks"].items()]
+    rows += [{"part": f"above Python: {name}", "MB": max(0, peak - found["start"]) / 1e6} for name, peak in found["peaks"].items()]
     rows += [{"part": f"computed: {name}", "MB": value / 1e6} for name, value in terms(config, options.windows).items()]
     rows += [{"part": "quantized model, at the end", "MB": (found["end"] - found["start"]) / 1e6}]
     title = f"memory of quantizing {options.blocks} blocks of 1B shape, {options.windows} x {SEQ_LEN} tokens"
