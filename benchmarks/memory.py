@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.common import publish, quiet
 
 SHAPE = dict(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8)
+MANY = dict(vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=8)  # blocks, 24
 SEQ_LEN = 512
 
 
@@ -74,7 +75,7 @@ def measure(directory: str, windows: int, plain: bool, loaded: bool) -> None:
     setattr(Report, "timed", sampled)  # noqa: B010
     start = resident()
     sampler.start()
-    tokens = [torch.randint(SHAPE["vocab_size"], (SEQ_LEN,), generator=torch.Generator().manual_seed(i)) for i in range(windows)]
+    tokens = [torch.randint(MANY["vocab_size"], (SEQ_LEN,), generator=torch.Generator().manual_seed(i)) for i in range(windows)]
     config = (AwqConfig.plain_rounding if plain else AwqConfig)(calibration=tokens, samples=windows, seq_len=SEQ_LEN)
     if loaded:
         model = awq_hf.quantize(AutoModelForCausalLM.from_pretrained(directory), config)
@@ -105,14 +106,14 @@ def in_child(directory: str, windows: int, *flags: str) -> dict[str, Any]:
     return found
 
 
-def weights_alone(directory: str, size: int, blocks: int) -> None:
-    """Where the float weights are makes the difference; two windows, so that activations do not."""
+def weights_alone(directory: str, size: int) -> None:
+    """Where the float weights are makes the difference; many small blocks and two windows, so that statistics and activations do not."""
     rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}]
     for how, flags in (("blocks from files", ()), ("loaded whole before", ("--loaded",))):
         found = in_child(directory, 2, "--weights", *flags)
         rows.append({"part": f"above Python, at the peak: {how}", "MB": (max(found["peaks"].values()) - found["start"]) / 1e6})
         rows.append({"part": f"above Python, at the end: {how}", "MB": (found["end"] - found["start"]) / 1e6})
-    publish("memory_weights", f"memory of rounding {blocks} blocks of 1B shape plainly, 2 x {SEQ_LEN} tokens", rows)
+    publish("memory_weights", f"memory of rounding 24 blocks of width 1024 plainly, 2 x {SEQ_LEN} tokens", rows)
 
 
 def main() -> None:
@@ -128,14 +129,15 @@ def main() -> None:
         measure(options.child, options.windows, options.weights, options.loaded)
         return
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, num_hidden_layers=options.blocks, tie_word_embeddings=True)
+    shape, blocks = (MANY, 24) if options.weights else (SHAPE, options.blocks)
+    config = LlamaConfig(**shape, num_hidden_layers=blocks, tie_word_embeddings=True)
     with tempfile.TemporaryDirectory() as directory:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         model.save_pretrained(directory)
         del model
         if options.weights:
-            weights_alone(directory, size, options.blocks)
+            weights_alone(directory, size)
             return
         found = in_child(directory, options.windows)
     rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}, {"part": "python and libraries", "MB": found["start"] / 1e6}]
