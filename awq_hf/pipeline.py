@@ -131,8 +131,9 @@ def _run_blocks(
             work.replace(probe_calls[0])
         if progress:
             bar.set_postfix_str(work.loss_line())
-        if sum(layer.experts * layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE:
-            del work  # with what it captured
+        large = sum(layer.experts * layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE
+        del work  # with the float weights, and what it captured
+        if large:
             give_back()
 
 

@@ -50,7 +50,7 @@ class InFiles(InMemory):
         self.files = list(files)
         self.conversions: Sequence[Any] = []  # of names and tensors, that the loader applies
         self._keys: list[dict[str, str]] | None = None
-        self._empty: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+        self._empty: dict[int, list[tuple[str, str, Tensor]]] = {}  # by names: modules would keep what is put into them later
         placement[f"{self.prefix}."] = "meta"
         _when_read(model, lambda: placement.pop(f"{self.prefix}."))
 
@@ -68,7 +68,7 @@ class InFiles(InMemory):
 
     def unload(self, index: int) -> None:
         for module, name, tensor in self._empty.pop(index):
-            setattr(module, name, tensor)
+            setattr(self.blocks[index].get_submodule(module), name, tensor)
 
     def _of(self, index: int) -> dict[str, str]:
         """The tensors of a block, by their names in the checkpoint -> the file that each is in."""
@@ -84,12 +84,12 @@ class InFiles(InMemory):
         return self._keys[index]
 
 
-def _on_meta(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(Module, name in it, tensor) of all that is not in memory."""
-    for module in block.modules():
+def _on_meta(block: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(Name of a module, name in it, tensor) of all that is not in memory."""
+    for place, module in block.named_modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.is_meta:
-                yield module, name, tensor
+                yield place, name, tensor
 
 
 def _when_read(model: Any, action: Any) -> None:
