@@ -145,7 +145,8 @@ def _look_through(model: nn.Module, plan: Plan, prefix: str, blocks: nn.ModuleLi
         check_weights(model, plan, f"{prefix}.{index}")
 
     check_in_memory(model, source.later)
-    check_calls(calling_order(model, blocks, batch, begin, source.unload), prefix, blocks)
+    order, _ = calling_order(model, blocks, batch, begin, source.unload)
+    check_calls(order, prefix, blocks)
 
 
 def _few_tokens(report: Report) -> list[str]:

@@ -94,7 +94,7 @@ def test_one_block_is_in_memory_at_a_time(
         assert all(a != b for a, b in zip(meta, real, strict=True))
         seen.append(["file" if m else "packed" if p else "float" for m, p in zip(meta, packed, strict=True)])
 
-    monkeypatch.setattr("awq_hf.hf_quantizer.InFiles", Watched)
+    monkeypatch.setattr("awq_hf.streaming.InFiles", Watched)
     AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=small_config())
     looked_through = [["float" if i == at else "file" for i in range(4)] for at in range(4)]
     assert seen == looked_through + [["packed" if i < at else "float" if i == at else "file" for i in range(4)] for at in range(4)]
