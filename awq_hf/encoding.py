@@ -25,7 +25,7 @@ from awq_hf.expert_block import Specs
 from awq_hf.experts import FUSED
 from awq_hf.exporters.gguf.ggml import row_bytes
 from awq_hf.matrices import as_kind, shape_of
-from awq_hf.pipeline import Progress, run
+from awq_hf.pipeline import BlockLoop, Progress
 from awq_hf.preflight import Plan
 from awq_hf.recipe import Recipe
 from awq_hf.spec import EncodedWeight, QuantSpec
@@ -55,7 +55,7 @@ def encode_model(
         return EncodingWork(name, *rest, kinds=kinds, result=result, keep=source.later is None)
 
     ends = partial(encode_ends, model, kinds, recipe, result, source, progress)
-    result.report = run(model, recipe, plan, windows, progress, make_work, source=source, between=ends)
+    result.report = BlockLoop(model, recipe, plan, windows, progress, make_work, source=source, between=ends).run()
     unfinished.end(model)
     return result
 
