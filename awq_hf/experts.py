@@ -162,7 +162,7 @@ class _Alike:
     """A module of experts; equal to all whose class and settings are the same, which are tried once."""
 
     def __init__(self, module: nn.Module, *sizes: int) -> None:
-        self.module, self.sizes = module, sizes
+        self.module, self.sizes = _without_parameters(module), sizes  # which is kept as long as the verdict
         plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
         self.key = (type(module), str(getattr(module, "act_fn", None)), sizes, tuple(sorted(plain.items())))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,16 @@ def test_what_can_be_replaced_is_found_by_trying(random_model: Callable[..., Any
     assert reason_against(understood) == "Interleaved computes something else with its weights than gate, up and down"
     understood.__class__ = nn.Module
     assert "does not follow transformers' interface" in str(reason_against(understood))
+
+
+def test_trying_keeps_no_weights_alive(random_model: Callable[..., Any]) -> None:
+    experts = random_model(MODELS["qwen3"]()).model.layers[0].mlp.experts
+    experts.name = "not one that was tried before"
+    weight = weakref.ref(experts.gate_up_proj)
+    assert reason_against(experts) is None
+    del experts
+    gc.collect()
+    assert weight() is None
 
 
 def test_skip_lists_name_routers_and_not_experts(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
