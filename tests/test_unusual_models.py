@@ -77,6 +77,19 @@ def test_keys_and_values_that_later_blocks_share_are_handed_on(
     assert routers == ["it runs 2 times in its block"] * 4
 
 
+def test_modules_whose_initialization_reaches_for_weights_are_loaded(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Any
+) -> None:
+    """Mamba 2's mixers have parameters of their own beside the Linears that they initialize."""
+    config = transformers.Mamba2Config(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=16, num_heads=8, head_dim=16, n_groups=1
+    )
+    quantized = awq_hf.quantize(random_model(config), small_config(samples=2))
+    quantized.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(prompt).logits, quantized(prompt).logits)
+
+
 def test_overrides_are_stored_and_loaded(
     tiny_llama: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Any
 ) -> None:
