@@ -59,12 +59,14 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
             kind.save_pretrained(self, save_directory, *args, **kwargs)
             return
         kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
-        pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
+        main = kwargs.get("is_main_process", True)
+        pushed = kwargs.pop("push_to_hub", False) and main
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
         if kwargs.get("save_original_format") is False and any(p.ndim == 3 for n, p in self.named_parameters() if n.endswith(".qweight")):
             raise ValueError("quantized experts are saved one by one, the only form that AWQ has; leave out save_original_format=False")
         kind.save_pretrained(self, save_directory, **kwargs)
-        action(self, os.fspath(save_directory))
+        if main:
+            action(self, os.fspath(save_directory))
         if pushed:
             push(self, hub.pop("repo_id", Path(save_directory).absolute().name), **hub, **kwargs)
 
@@ -162,12 +164,14 @@ def config_on_disk(model: Any) -> dict[str, Any]:
 def skip_initialization(model: Any, names: Iterable[str]) -> None:
     """Have from_pretrained not initialize the modules that contain `names`: some reach for the .weight of the Linears that were there.
 
-    Only those without tensors of their own; what is missing from a quantized checkpoint is an error, and is not initialized.
+    Not those with tensors of their own that are in no file; what else is missing from a quantized checkpoint is an error.
     """
     above = {".".join(parts[:n]) for name in names for parts in [name.split(".")] for n in range(1, len(parts))}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     for name in above:
         module = model.get_submodule(name)
-        if not module._parameters and not module._buffers:
+        own = [f"{name}.{tensor}" for tensor in (*module._parameters, *module._buffers)]
+        if not module._non_persistent_buffers_set and not any(pattern.search(tensor) for pattern in optional for tensor in own):
             module._is_hf_initialized = True
 
 
