@@ -19,7 +19,7 @@ from awq_hf.calibration.stream import BlockStream, calling_order
 from awq_hf.freed import give_back
 from awq_hf.machine import machine, versions
 from awq_hf.parallel import one_thread_each
-from awq_hf.preflight import Plan, check_calls, check_in_memory, check_weights, make_plan
+from awq_hf.preflight import Plan, check_calls, check_hidden_states, check_in_memory, check_weights, make_plan
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 from awq_hf.resume import KeptBlocks, digest_of, run_again
@@ -137,14 +137,19 @@ def _run_blocks(
 
 
 def _look_through(model: nn.Module, plan: Plan, prefix: str, blocks: nn.ModuleList, batch: Batch, source: InMemory) -> None:
-    """Run the float model once, and raise ValueError for what would end the work in its middle: weights, or the order of its blocks."""
+    """Run the float model once, and raise ValueError for what would end the work in its middle: weights, what is computed with them, or
+    the order of the blocks."""
 
     def begin(index: int) -> None:
         source.load(index)
         check_weights(model, plan, f"{prefix}.{index}")
 
+    def end(index: int, output: Any) -> None:
+        source.unload(index)
+        check_hidden_states(output, f"{prefix}.{index}")
+
     check_in_memory(model, source.later)
-    check_calls(calling_order(model, blocks, batch, begin, source.unload), prefix, blocks)
+    check_calls(calling_order(model, blocks, batch, begin, end), prefix, blocks)
 
 
 def _few_tokens(report: Report) -> list[str]:

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from awq_hf import renaming, representable
 from awq_hf.blocks import experts_of, find_blocks, linear_routers, matrices_of
@@ -17,6 +19,7 @@ from awq_hf.experts import FUSED, holds_experts, joins_words, reason_against
 from awq_hf.kernels.layout import column_multiple
 from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.recipe import Recipe
+from awq_hf.report import overflow
 from awq_hf.spec import GROUP_SIZES, QuantSpec
 from awq_hf.wording import option
 
@@ -259,6 +262,13 @@ def check_in_memory(model: nn.Module, later: str | None) -> None:
             f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
             f"load on one device: {option('device_map', 'cpu')} or {option('device_map', 'cuda:0')}"
         )
+
+
+def check_hidden_states(output: Any, block: str) -> None:
+    """Raise ValueError where hidden states that a block puts out are not finite."""
+    hidden = next((value for value in tree_flatten(output)[0] if isinstance(value, Tensor) and value.is_floating_point()), None)
+    if hidden is not None and not bool(torch.isfinite(hidden).all()):
+        raise ValueError(overflow(block))
 
 
 def check_weights(model: nn.Module, plan: Plan, inside: str) -> None:

@@ -132,9 +132,10 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 @torch.no_grad()
 def calling_order(
-    model: nn.Module, blocks: nn.ModuleList, batch: Batch, begins: Callable[[int], None], ends: Callable[[int], None]
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, begins: Callable[[int], None], ends: Callable[[int, Any], None]
 ) -> list[int]:
-    """The numbers of the blocks in the order in which the model calls them. begins, ends: called before and after each, with its number."""
+    """The numbers of the blocks in the order in which the model calls them. begins: called before each, with its number; ends: after it,
+    with what it puts out as well."""
     order: list[int] = []
 
     def begin(index: int) -> None:
@@ -142,7 +143,9 @@ def calling_order(
         begins(index)
 
     handles = [block.register_forward_pre_hook(lambda *_, index=index: begin(index)) for index, block in enumerate(blocks)]
-    handles += [block.register_forward_hook(lambda *_, index=index: ends(index)) for index, block in enumerate(blocks)]
+    handles += [
+        block.register_forward_hook(lambda _block, _args, output, index=index: ends(index, output)) for index, block in enumerate(blocks)
+    ]
     try:
         model(**model_inputs(model, batch))
     finally:
