@@ -188,7 +188,7 @@ def _tried(alike: _Alike) -> str | None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
         (experts, rows, hidden), out = small.gate_up_proj.shape, small.down_proj.shape[1]
         x = torch.randn(7, hidden, generator=generator, dtype=torch.float32)
-        index = torch.rand(7, experts, generator=generator).argsort(1)[:, :2]
+        index = torch.rand(7, experts, generator=generator, dtype=torch.float32).argsort(1)[:, :2]
         share = torch.rand(index.shape, generator=generator, dtype=torch.float32)
         gate_up: Multiply = lambda some, offsets: by_expert(some, offsets, rows, lambda x, e: x @ small.gate_up_proj[e].T)  # noqa: E731
         down: Multiply = lambda some, offsets: by_expert(some, offsets, out, lambda x, e: x @ small.down_proj[e].T)  # noqa: E731
