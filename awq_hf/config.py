@@ -129,7 +129,6 @@ class AwqConfig(TransformersAwqConfig):
 
     def recipe(self, positions: int | None = None) -> Recipe:
         """The same options as the pipeline takes them. positions: how many tokens the model takes at once, where that is known."""
-        positions = positions if positions is not None and positions > 0 else None  # XLNet's has none and says -1
         if positions is not None and self.seq_len is not None and self.seq_len > positions:
             raise ValueError(
                 f"{option('seq_len', self.seq_len)} is longer than the {positions} positions of the model; give at most {positions}"

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from awq_hf.calibration.checks import FEW
 from awq_hf.calibration.data import Batch, Windows, load_windows
+from awq_hf.calibration.stream import model_inputs
+from awq_hf.classes import positions_of
 from awq_hf.wording import option
 
 Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
@@ -149,7 +151,7 @@ def _ready(name: str, source: Source, windows: Windows) -> nn.Module:
     if hasattr(model, "get_input_embeddings"):
         windows.check_token_ids(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     if hasattr(model, "config"):
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+        positions = positions_of(model.config)
         if positions is not None and int(windows.lengths.max()) > positions:
             raise ValueError(
                 f"{name} takes {positions} tokens at once, and windows have {int(windows.lengths.max())}; lower {option('seq_len')}"
@@ -232,9 +234,7 @@ def _compare(name: str, model: nn.Module, reference: nn.Module | None, batch: Ba
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    device = next((parameter.device for parameter in model.parameters()), batch.input_ids.device)
-    mask = None if batch.mask is None else batch.mask.to(device)
-    logits: Tensor = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+    logits: Tensor = model(**model_inputs(model, batch)).logits
     return logits.flatten(0, 1)
 
 

@@ -18,6 +18,7 @@ from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
+from awq_hf.classes import positions_of
 from awq_hf.config import AwqConfig
 from awq_hf.experts import AwqExperts, holds_experts
 from awq_hf.exporters.dense import cast, cast_unsaved, make_dense
@@ -90,7 +91,7 @@ class AwqHfQuantizer(HfQuantizer):
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""
         config = self.quantization_config
-        recipe = self.recipe = config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        recipe = self.recipe = config.recipe(positions_of(model.config))
         plan = make_plan(model, recipe)
         if config.output_dir is not None:
             check_room(config.output_dir.parent, stored_bytes(model, plan))

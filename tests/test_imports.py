@@ -62,11 +62,11 @@ ALLOWED = {
     "compat": "lora",
     "lora": "linear",
     "renaming": "",
-    "evaluate": "calibration",
+    "evaluate": "calibration classes",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
-    "hf_quantizer": "beside unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint "
-    "preflight skip_list serving pipeline prepare compat renaming config output streaming",
+    "hf_quantizer": "beside classes unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers "
+    "checkpoint preflight skip_list serving pipeline prepare compat renaming config output streaming",
     "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding encoded_layer encoded_experts experts exporters "
     "hf_quantizer compat renaming report",
     "output": "",

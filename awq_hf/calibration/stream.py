@@ -119,7 +119,7 @@ def inputs_of(
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The model's arguments for a batch. Encoders know no cache."""
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    device = next((p.device for p in model.parameters() if not p.is_meta), batch.input_ids.device)  # meta: kept elsewhere until it runs
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device),
         "attention_mask": None if batch.mask is None else batch.mask.to(device),

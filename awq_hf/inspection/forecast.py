@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from awq_hf.blocks import block_signature, experts_of, find_blocks, matrices_of, routers_of
+from awq_hf.classes import positions_of
 from awq_hf.config import AwqConfig
 from awq_hf.experts import FUSED, ExpertWeights, gate_is_linear_in_up
 from awq_hf.inspection import costs
@@ -112,7 +113,7 @@ def forecast(source: Source, config: AwqConfig, dtype: str, device: str, progres
     program, free = costs.this_program(device), costs.free_memory(device)
     chosen = source.dtype() if dtype == "auto" else getattr(torch, dtype)
     text = source.config.get_text_config()
-    recipe = config.recipe(getattr(text, "max_position_embeddings", None))
+    recipe = config.recipe(positions_of(source.config))
     empty = source.empty_model(chosen)
     plan, misfits = sort_out(empty, recipe)
     found, failed = ({}, {}) if source.directory is None else find_folds(source.directory, empty, plan, chosen, device, progress)
