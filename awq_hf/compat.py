@@ -147,6 +147,11 @@ def left_out(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
+def tied_weights(model: Any) -> dict[str, str]:
+    """Parameters that are, or will be once they are loaded, other parameters of the model: name -> name."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def untie(model: Any, name: str) -> None:
     """Forget that the parameter `name` is another one's: a quantized head shares nothing with the embedding."""
     if model.all_tied_weights_keys.pop(name, None) is not None:

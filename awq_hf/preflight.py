@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from awq_hf import renaming, representable
+from awq_hf import compat, renaming, representable
 from awq_hf.blocks import experts_of, find_blocks, linear_routers, matrices_of
 from awq_hf.experts import FUSED, holds_experts, joins_words, reason_against
 from awq_hf.kernels.layout import column_multiple
@@ -26,6 +26,7 @@ from awq_hf.wording import option
 OUTSIDE = "outside the decoder's blocks"
 SKIPPED = "modules_to_not_convert"
 ROUTER = "it chooses experts"
+REUSED = "a block whose weights are used several times cannot be quantized"
 SMALL = 0.01  # of a block's weights: what does not fit and is no more than this is not worth refusing the model for
 
 
@@ -45,10 +46,11 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """All matrices of the decoder's blocks, less those the recipe skips and small ones that do not fit. No weight is read.
 
     Raises ValueError naming every larger one that cannot be stored, the sizes that would work, and how to leave it in float; and
-    when nothing is left to quantize, or an override or an entry of the skip list names nothing.
+    when nothing is left to quantize, blocks share weights, or an override or an entry of the skip list names nothing.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only models of one of them can be quantized")
+    _check_shared(model)
     plan, misfits = sort_out(model, recipe)
     _check_parts(model, recipe, plan)
     if not plan.specs and not plan.experts:
@@ -247,10 +249,22 @@ def check_calls(order: list[int], prefix: str, blocks: nn.ModuleList) -> None:
     """Raise ValueError when the model does not call its blocks one after the other, each once. order: as they were called."""
     for index in range(len(blocks)):
         if (times := order.count(index)) != 1:
-            why = "it needs other inputs than text" if times == 0 else "a block whose weights are used several times cannot be quantized"
+            why = "it needs other inputs than text" if times == 0 else REUSED
             raise ValueError(f"the model calls {prefix}.{index} {times} times for one text, and not once: {why}")
     if order != sorted(order):
         raise ValueError(f"the model calls its blocks {prefix} in the order {order}; only first to last can be quantized")
+
+
+def _check_shared(model: nn.Module) -> None:
+    """Raise ValueError where a weight is in several blocks: what is made of it in one would change the others."""
+    (prefix, blocks), tied = find_blocks(model), compat.tied_weights(model)
+    first: dict[int, str] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            full = f"{prefix}.{index}.{name}"
+            other = tied.get(full) or first.setdefault(id(parameter), full)
+            if other.startswith(f"{prefix}.") and not other.startswith(f"{prefix}.{index}."):
+                raise ValueError(f"{full} is {other} as well: {REUSED}")
 
 
 def check_in_memory(model: nn.Module, later: str | None) -> None:

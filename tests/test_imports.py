@@ -34,7 +34,7 @@ ALLOWED = {
     "transforms": "spec affine parallel calibration folding",
     "rounding": "spec affine parallel calibration folding",
     "recipe": "spec representable transforms rounding",
-    "preflight": "spec representable kernels.layout experts matrices blocks calibration recipe renaming report",
+    "preflight": "spec representable kernels.layout experts matrices blocks calibration recipe renaming report compat",
     "skip_list": "",
     "linear": "spec kernels",
     "serving": "spec linear skip_list",

@@ -116,6 +116,18 @@ def test_overrides_are_stored_and_loaded(
             "calls albert.encoder.albert_layer_groups.0 2 times for one text",
         ),
         (
+            "AutoModelForCausalLM",
+            transformers.Zamba2Config(
+                **SIZES | {"num_hidden_layers": 4},
+                mamba_ngroups=1,
+                n_mamba_heads=8,
+                mamba_headdim=16,
+                num_mem_blocks=1,
+                layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+            ),
+            r"model\.layers\.3\.shared_transformer\.\S+ is model\.layers\.1\.shared_transformer\.\S+ as well",
+        ),
+        (
             "AutoModelForSeq2SeqLM",
             transformers.T5Config(vocab_size=96, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16),
             "T5ForConditionalGeneration has an encoder and a decoder",
@@ -126,7 +138,7 @@ def test_overrides_are_stored_and_loaded(
             r"dt_proj: in_features 4 is not divisible by group_size 32(.|\n)*modules_to_not_convert=\['dt_proj', 'x_proj'\]",
         ),
     ],
-    ids=["albert", "t5", "mamba"],
+    ids=["albert", "zamba2", "t5", "mamba"],
 )
 def test_what_cannot_be_quantized_is_refused_with_its_reason(
     auto: str, config: Any, message: str, random_model: Callable[..., Any], small_config: Callable[..., Any]
