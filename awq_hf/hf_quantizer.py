@@ -195,10 +195,11 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
     except (OSError, ValueError) as error:
         processor = _processor(model, source)
         if processor is None:
-            raise ValueError(
-                f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); copy "
-                "the original's there, or pass AwqConfig(tokenizer=...), or calibration as a list of token tensors"
-            ) from error
+            missing = "the model was made in memory, so that no tokenizer to calibrate with lies beside it; "
+            if source:
+                said = str(error).splitlines()[0]
+                missing = f"no tokenizer was found at {str(source)!r} to calibrate with ({said}); copy the original's there, or "
+            raise ValueError(f"{missing}pass AwqConfig(tokenizer=...), or calibration as a list of token tensors") from error
         return processor
 
 

@@ -186,6 +186,10 @@ def test_shapes_that_do_not_divide(
 def test_no_tokenizer(calibration: Any, llama_dir: Path, small_config: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer.*AwqConfig\(tokenizer="):
         quantized(llama_dir, small_config(calibration=calibration))
+    with pytest.raises(ValueError, match=r"the model was made in memory, .*AwqConfig\(tokenizer="):
+        awq_hf.quantize(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(llama_dir)), small_config(calibration=calibration)
+        )
 
 
 @pytest.mark.parametrize("samples", [[torch.arange(90, 100)], [torch.tensor([5, -1, 7])]])
