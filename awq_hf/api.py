@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from awq_hf.beside import load_beside, places_beside
 from awq_hf.classes import check_code, class_for
-from awq_hf.compat import check_not_split, gguf_file_of, progress_bar
+from awq_hf.compat import check_is_model, check_not_split, gguf_file_of, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -53,6 +53,7 @@ def quantize(
     the same to the last bit. load_options go to from_pretrained (dtype, device_map, revision, ...).
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
+    check_is_model(model)
     target = None if output_dir is None else check_output(output_dir)
     if resume and target is None:
         raise ValueError("resume keeps finished blocks beside the output; give output_dir")

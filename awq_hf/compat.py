@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils import logging
@@ -102,6 +103,13 @@ def teach_peft() -> None:
 def forget_after_saving(model: Any) -> None:
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
+
+
+def forget_that_it_is_quantized(model: Any) -> None:
+    """Undo what the quantizers' base class notes in the configs of a model and of the models in it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
 
 
 def when_loaded(model: Any, action: Callable[[Any], None]) -> None:
@@ -195,6 +203,17 @@ def gguf_file_of(model: Any) -> str | None:
             "with quantization_config=transformers.GgufConfig(dequantize=True)"
         )
     return file
+
+
+def check_is_model(model: Any) -> None:
+    """Raise TypeError for what is neither a transformers model nor a name, and ValueError for a model with adapters in it."""
+    if not isinstance(model, (str, os.PathLike, PreTrainedModel)):
+        raise TypeError(
+            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model, merge the adapter first"
+        )
+    modules = model.modules() if isinstance(model, PreTrainedModel) else ()
+    if getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(module, "base_layer") for module in modules):
+        raise ValueError(f"{type(model).__name__} has adapters attached; merge them into the model, or delete them, first")
 
 
 SPLITS = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")  # of a DistributedConfig; 1 where nothing is split

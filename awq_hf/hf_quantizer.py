@@ -152,6 +152,10 @@ class AwqHfQuantizer(HfQuantizer):
             cast_unsaved(model, new)
         return model
 
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        compat.forget_that_it_is_quantized(model)
+
     def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, ScaledActivation):
@@ -175,11 +179,13 @@ class AwqHfQuantizer(HfQuantizer):
 
 def calibration_windows(model: Any, config: AwqConfig, recipe: Recipe) -> Windows:
     """The windows that `config` asks for, with a tokenizer from beside the model. Raises ValueError for what calibration cannot use."""
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if embedding is None or embedding.ndim != 2:
+        raise ValueError(f"{type(model).__name__} has no embedding of tokens: only models that take text can be calibrated")
     with torch.device("cpu"):  # from_pretrained builds its model under the meta device
         tokenizer = _tokenizer(model, config)
         windows = load_windows(config.calibration, tokenizer, recipe.seq_len, samples=recipe.samples, seed=recipe.seed)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        windows = check_windows(windows, recipe.samples * recipe.seq_len, tokenizer, vocabulary)
+        windows = check_windows(windows, recipe.samples * recipe.seq_len, tokenizer, len(embedding))
         return windows.sample(recipe.samples, recipe.seed)
 
 

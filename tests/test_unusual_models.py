@@ -128,6 +128,13 @@ def test_overrides_are_stored_and_loaded(
             r"model\.layers\.3\.shared_transformer\.\S+ is model\.layers\.1\.shared_transformer\.\S+ as well",
         ),
         (
+            "AutoModel",
+            transformers.ViTConfig(
+                hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+            ),
+            "ViTModel has no embedding of tokens",
+        ),
+        (
             "AutoModelForSeq2SeqLM",
             transformers.T5Config(vocab_size=96, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16),
             "T5ForConditionalGeneration has an encoder and a decoder",
@@ -138,7 +145,7 @@ def test_overrides_are_stored_and_loaded(
             r"dt_proj: in_features 4 is not divisible by group_size 32(.|\n)*modules_to_not_convert=\['dt_proj', 'x_proj'\]",
         ),
     ],
-    ids=["albert", "zamba2", "t5", "mamba"],
+    ids=["albert", "zamba2", "vit", "t5", "mamba"],
 )
 def test_what_cannot_be_quantized_is_refused_with_its_reason(
     auto: str, config: Any, message: str, random_model: Callable[..., Any], small_config: Callable[..., Any]
