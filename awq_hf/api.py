@@ -82,13 +82,13 @@ def quantize(
 
 def _run_of(load_options: dict[str, Any]) -> tuple[Run, tuple[str, ...]]:
     """Options for loading, as a recipe has them, and a note on those that it has not."""
-    dtype, device = load_options.get("dtype") or "auto", load_options.get("device_map")
+    dtype, device = load_options.get("dtype") or load_options.get("torch_dtype") or "auto", load_options.get("device_map")
     run = Run(
         dtype=str(dtype).removeprefix("torch."),
         device=f"cuda:{device}" if isinstance(device, int) else device,
         trust_remote_code=bool(load_options.get("trust_remote_code")),
     )
-    rest = load_options.keys() - {"revision", "dtype", "device_map", "token", "trust_remote_code"}
+    rest = load_options.keys() - {"revision", "dtype", "torch_dtype", "device_map", "token", "trust_remote_code"}
     if not isinstance(run.device, str | None):
         run, rest = replace(run, device=None), rest | {"device_map"}
     return run, (f"Options for loading were given that a recipe does not hold: {', '.join(sorted(rest))}",) if rest else ()

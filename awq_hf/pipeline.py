@@ -72,13 +72,14 @@ def run(
     report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
     report.left_in_float.update(plan.left_in_float)
     report.notes += windows.notes
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with one_thread_each():
             _run_blocks(model, recipe, plan, windows, report, progress, make_work, kept, source or InMemory(), between)
     finally:
-        model.train(was_training)
+        for module in model.modules():
+            module.training = training.get(module, training[model])  # those that are new as the model
     report.notes += _few_tokens(report)
     _close(report, began, cpu_began, model)
     return report

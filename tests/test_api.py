@@ -60,7 +60,10 @@ def test_training_mode_does_not_reach_the_result(
     sizes = dict(vocab_size=96, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.OPTConfig(**sizes, max_position_embeddings=128, dropout=0.5)
     expected = awq_hf.quantize(random_model(config), small_config())
-    trained = awq_hf.quantize(random_model(config).train(), small_config())
+    model = random_model(config).train()
+    model.lm_head.eval()
+    trained = awq_hf.quantize(model, small_config())
+    assert trained is model and [name for name, module in trained.named_modules() if not module.training] == ["lm_head"]
     assert torch.equal(trained.eval()(prompt).logits, expected(prompt).logits)
 
 
