@@ -25,6 +25,7 @@ from awq_hf.preflight import Plan, expert_shapes, make_plan, sort_out
 from awq_hf.recipe import Recipe
 from awq_hf.serving import serving
 from awq_hf.spec import group_sizes_for
+from awq_hf.wording import starred
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,6 @@ def _bytes(module: nn.Module) -> int:
 
 def _bits_per_weight(linears: Collection[PackedModule]) -> float:
     return 8 * sum(map(_bytes, linears)) / sum(linear.matrices * linear.in_features * linear.out_features for linear in linears)
-
-
-def starred(name: str) -> str:
-    """A module's name with * for every number, as all blocks have it."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _kinds(model: _Model) -> list[Kind]:
