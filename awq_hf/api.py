@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shutil
@@ -58,7 +57,7 @@ def quantize(
     if resume and target is None:
         raise ValueError("resume keeps finished blocks beside the output; give output_dir")
     kind = None if isinstance(model, PreTrainedModel) else check_model(model, load_options)
-    config = copy.copy(config or AwqConfig())
+    config = AwqConfig.coerce(config or AwqConfig()).to_quantize()
     config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
     config.trust_remote_code = bool(load_options.get("trust_remote_code"))
     config.keep_in = target.with_name(f"{target.name}.progress") if resume and target is not None else None

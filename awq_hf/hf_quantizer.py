@@ -45,7 +45,8 @@ class AwqHfQuantizer(HfQuantizer):
     quantization_config: AwqConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(AwqConfig.coerce(quantization_config), **kwargs)
+        config = AwqConfig.coerce(quantization_config)
+        super().__init__(config if kwargs.get("pre_quantized", True) else config.to_quantize(), **kwargs)
         self.windows: Windows | None = None
         self.recipe: Recipe | None = None
         self.loading: Loading | None = None  # of a quantized checkpoint, between the two hooks
