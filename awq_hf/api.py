@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shutil
@@ -18,7 +17,7 @@ from transformers.utils import cached_file
 
 from awq_hf.beside import load_beside, places_beside
 from awq_hf.classes import check_code, class_for
-from awq_hf.compat import check_not_split, gguf_file_of, progress_bar
+from awq_hf.compat import check_is_model, check_not_split, gguf_file_of, progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
@@ -53,11 +52,12 @@ def quantize(
     the same to the last bit. load_options go to from_pretrained (dtype, device_map, revision, ...).
     Raises ValueError for what cannot be quantized, and FileExistsError when output_dir exists; both before any work.
     """
+    check_is_model(model)
     target = None if output_dir is None else check_output(output_dir)
     if resume and target is None:
         raise ValueError("resume keeps finished blocks beside the output; give output_dir")
     kind = None if isinstance(model, PreTrainedModel) else check_model(model, load_options)
-    config = copy.copy(config or AwqConfig())
+    config = AwqConfig.coerce(config or AwqConfig()).to_quantize()
     config.tokenizer, config.output_dir = tokenizer or config.tokenizer, target
     config.trust_remote_code = bool(load_options.get("trust_remote_code"))
     config.keep_in = target.with_name(f"{target.name}.progress") if resume and target is not None else None
@@ -81,13 +81,13 @@ def quantize(
 
 def _run_of(load_options: dict[str, Any]) -> tuple[Run, tuple[str, ...]]:
     """Options for loading, as a recipe has them, and a note on those that it has not."""
-    dtype, device = load_options.get("dtype") or "auto", load_options.get("device_map")
+    dtype, device = load_options.get("dtype") or load_options.get("torch_dtype") or "auto", load_options.get("device_map")
     run = Run(
         dtype=str(dtype).removeprefix("torch."),
         device=f"cuda:{device}" if isinstance(device, int) else device,
         trust_remote_code=bool(load_options.get("trust_remote_code")),
     )
-    rest = load_options.keys() - {"revision", "dtype", "device_map", "token", "trust_remote_code"}
+    rest = load_options.keys() - {"revision", "dtype", "torch_dtype", "device_map", "token", "trust_remote_code"}
     if not isinstance(run.device, str | None):
         run, rest = replace(run, device=None), rest | {"device_map"}
     return run, (f"Options for loading were given that a recipe does not hold: {', '.join(sorted(rest))}",) if rest else ()

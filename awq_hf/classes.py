@@ -41,6 +41,12 @@ def read_config(name: str | os.PathLike[str], trusted: bool, **location: Any) ->
     return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **location)
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model of this config takes at once, None where it has no limit, or does not say: XLNet's says -1."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def class_for(config: Any, trusted: bool) -> Any:
     """The class to load a model with: its own code's if that may run, else `class_of`. config: transformers', or config.json's content."""
     content = config if isinstance(config, dict) else vars(config)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils import logging
@@ -59,12 +60,14 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
             kind.save_pretrained(self, save_directory, *args, **kwargs)
             return
         kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
-        pushed = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
+        main = kwargs.get("is_main_process", True)
+        pushed = kwargs.pop("push_to_hub", False) and main
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
         if kwargs.get("save_original_format") is False and any(p.ndim == 3 for n, p in self.named_parameters() if n.endswith(".qweight")):
             raise ValueError("quantized experts are saved one by one, the only form that AWQ has; leave out save_original_format=False")
         kind.save_pretrained(self, save_directory, **kwargs)
-        action(self, os.fspath(save_directory))
+        if main:
+            action(self, os.fspath(save_directory))
         if pushed:
             push(self, hub.pop("repo_id", Path(save_directory).absolute().name), **hub, **kwargs)
 
@@ -100,6 +103,13 @@ def teach_peft() -> None:
 def forget_after_saving(model: Any) -> None:
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
+
+
+def forget_that_it_is_quantized(model: Any) -> None:
+    """Undo what the quantizers' base class notes in the configs of a model and of the models in it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
 
 
 def when_loaded(model: Any, action: Callable[[Any], None]) -> None:
@@ -145,6 +155,11 @@ def left_out(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
+def tied_weights(model: Any) -> dict[str, str]:
+    """Parameters that are, or will be once they are loaded, other parameters of the model: name -> name."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def untie(model: Any, name: str) -> None:
     """Forget that the parameter `name` is another one's: a quantized head shares nothing with the embedding."""
     if model.all_tied_weights_keys.pop(name, None) is not None:
@@ -162,12 +177,14 @@ def config_on_disk(model: Any) -> dict[str, Any]:
 def skip_initialization(model: Any, names: Iterable[str]) -> None:
     """Have from_pretrained not initialize the modules that contain `names`: some reach for the .weight of the Linears that were there.
 
-    Only those without tensors of their own; what is missing from a quantized checkpoint is an error, and is not initialized.
+    Not those with tensors of their own that are in no file; what else is missing from a quantized checkpoint is an error.
     """
     above = {".".join(parts[:n]) for name in names for parts in [name.split(".")] for n in range(1, len(parts))}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     for name in above:
         module = model.get_submodule(name)
-        if not module._parameters and not module._buffers:
+        own = [f"{name}.{tensor}" for tensor in (*module._parameters, *module._buffers)]
+        if not module._non_persistent_buffers_set and not any(pattern.search(tensor) for pattern in optional for tensor in own):
             module._is_hf_initialized = True
 
 
@@ -186,6 +203,17 @@ def gguf_file_of(model: Any) -> str | None:
             "with quantization_config=transformers.GgufConfig(dequantize=True)"
         )
     return file
+
+
+def check_is_model(model: Any) -> None:
+    """Raise TypeError for what is neither a transformers model nor a name, and ValueError for a model with adapters in it."""
+    if not isinstance(model, (str, os.PathLike, PreTrainedModel)):
+        raise TypeError(
+            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model, merge the adapter first"
+        )
+    modules = model.modules() if isinstance(model, PreTrainedModel) else ()
+    if getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(module, "base_layer") for module in modules):
+        raise ValueError(f"{type(model).__name__} has adapters attached; merge them into the model, or delete them, first")
 
 
 SPLITS = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")  # of a DistributedConfig; 1 where nothing is split

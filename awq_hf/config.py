@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ _STORED = ("bits", "group_size", "zero_point", "version", "modules_to_not_conver
 # Our name -> the names others write, the first that is there counts
 _SYNONYMS = {"bits": ("w_bit",), "group_size": ("q_group_size",), "version": ("format", "checkpoint_format")}
 
-
 SEQ_LEN = 512
+
+logger = logging.getLogger("awq_hf")
 
 
 class AwqConfig(TransformersAwqConfig):
@@ -129,7 +132,6 @@ class AwqConfig(TransformersAwqConfig):
 
     def recipe(self, positions: int | None = None) -> Recipe:
         """The same options as the pipeline takes them. positions: how many tokens the model takes at once, where that is known."""
-        positions = positions if positions is not None and positions > 0 else None  # XLNet's has none and says -1
         if positions is not None and self.seq_len is not None and self.seq_len > positions:
             raise ValueError(
                 f"{option('seq_len', self.seq_len)} is longer than the {positions} positions of the model; give at most {positions}"
@@ -197,6 +199,19 @@ class AwqConfig(TransformersAwqConfig):
             modules_to_not_convert=config.modules_to_not_convert,
             tokenizer=config.tokenizer,
         )
+
+    def to_quantize(self) -> AwqConfig:
+        """The same for a float model. Where a dictionary was passed for it, options of ours came as keys that `from_dict` keeps; the rest
+        of these is dropped, and a warning names those that are nobody's."""
+        if not self.extra:
+            return self
+        theirs, ours = TransformersAwqConfig(bits=self.bits).to_dict(), inspect.signature(type(self)).parameters
+        options = {name: value for name, value in self.extra.items() if name in ours and value != theirs.get(name)}
+        known = {*ours, *theirs, *(synonym for names in _SYNONYMS.values() for synonym in names)}
+        if unknown := sorted(self.extra.keys() - known):
+            logger.warning("quantization_config: AwqConfig has no option of the name %s; it is ignored", " or ".join(unknown))
+        stored = {name: getattr(self, name) for name in _STORED if name != "version"}
+        return type(self)(**stored, overrides=self.overrides, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """AutoAWQ's keys, and whatever else the checkpoint came with."""

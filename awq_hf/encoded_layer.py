@@ -88,7 +88,7 @@ def decode(data: Tensor, kind: Type, device: torch.device | str = "cpu") -> Tens
 
 def judge_of(weight: Tensor, kind: Type) -> Consumer:
     """What judges smoothing scales of the inputs of a weight [out, in] that becomes `kind`: some of its rows, and their real rounding."""
-    rows = torch.linspace(0, len(weight) - 1, min(JUDGED_ROWS, len(weight)), device=weight.device).long()
+    rows = torch.linspace(0, len(weight) - 1, min(JUDGED_ROWS, len(weight)), dtype=torch.float32, device=weight.device).long()
     return weight[rows].to(torch.float32), lambda some, energy: decode(encode(some, kind, energy), kind, some.device)
 
 

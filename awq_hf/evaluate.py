@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from awq_hf.block_by_block import BlockByBlock
 from awq_hf.calibration.checks import FEW
 from awq_hf.calibration.data import Batch, Windows, load_windows
+from awq_hf.calibration.stream import model_inputs
+from awq_hf.classes import positions_of
 from awq_hf.wording import option
 
 Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
@@ -155,7 +157,7 @@ def _ready(name: str, source: Source, windows: Windows) -> Model:
     if hasattr(module, "get_input_embeddings"):
         windows.check_token_ids(module.get_input_embeddings().weight.shape[0])
     if hasattr(module, "config"):
-        positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(module.config)
         if positions is not None and int(windows.lengths.max()) > positions:
             raise ValueError(
                 f"{name} takes {positions} tokens at once, and windows have {int(windows.lengths.max())}; lower {option('seq_len')}"
@@ -247,9 +249,7 @@ def _compare(name: str, ours: Tensor, theirs: Tensor | None, batch: Batch, first
 def _logits(model: Model, position: int, batch: Batch) -> Tensor:
     if isinstance(model, BlockByBlock):
         return model.logits(position, batch)
-    device = next((parameter.device for parameter in model.parameters()), batch.input_ids.device)
-    mask = None if batch.mask is None else batch.mask.to(device)
-    logits: Tensor = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+    logits: Tensor = model(**model_inputs(model, batch)).logits
     return logits.flatten(0, 1)
 
 

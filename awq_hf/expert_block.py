@@ -117,7 +117,7 @@ class ExpertsWork:
 
     def _down_scales(self, statistics: _Statistics, reached: list[Tensor], gate_up: Tensor, down: Tensor) -> ScaleChoice:
         """Smoothing scales of what goes into down, which divide the rows of up. gate_up, down: float32, of one expert."""
-        one = ScaleChoice(torch.ones(down.shape[1], device=down.device), 0.0, "identity", 0.0, 0.0)
+        one = ScaleChoice(down.new_ones(down.shape[1]), 0.0, "identity", 0.0, 0.0)
         if not self.folds_into_up:
             return one
         assert self.recipe.scale is not None
@@ -202,7 +202,7 @@ class _Statistics:
     def share(self) -> Tensor:
         chosen = torch.cat([t.chosen.reshape(-1) for t in self.tokens])
         counts = torch.bincount(chosen[chosen < self.experts], minlength=self.experts)
-        return counts / counts.sum()
+        return counts.to(torch.float32) / counts.sum()
 
     @cached_property
     def _all_inputs(self) -> Statistic:
@@ -230,7 +230,7 @@ class _Statistics:
 
         def sums(rows: list[Tensor], held_out: bool) -> tuple[Tensor, int]:
             taken = [(t, which) for t, which in zip(self.tokens, rows, strict=True) if t.held_out is held_out and len(which)]
-            total = torch.zeros(channels, device=rows[0].device)
+            total = torch.zeros(channels, dtype=torch.float32, device=rows[0].device)
             for t, which in taken:
                 total += activation(self._x0(t, which)).to(torch.float32).square().sum(0)
             return total, sum(len(which) for _, which in taken)

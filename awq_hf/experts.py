@@ -162,7 +162,7 @@ class _Alike:
     """A module of experts; equal to all whose class and settings are the same, which are tried once."""
 
     def __init__(self, module: nn.Module, *sizes: int) -> None:
-        self.module, self.sizes = module, sizes
+        self.module, self.sizes = _without_parameters(module), sizes  # which is kept as long as the verdict
         plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
         self.key = (type(module), str(getattr(module, "act_fn", None)), sizes, tuple(sorted(plain.items())))
 
@@ -188,7 +188,7 @@ def _tried(alike: _Alike) -> str | None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
         (experts, rows, hidden), out = small.gate_up_proj.shape, small.down_proj.shape[1]
         x = torch.randn(7, hidden, generator=generator, dtype=torch.float32)
-        index = torch.rand(7, experts, generator=generator).argsort(1)[:, :2]
+        index = torch.rand(7, experts, generator=generator, dtype=torch.float32).argsort(1)[:, :2]
         share = torch.rand(index.shape, generator=generator, dtype=torch.float32)
         gate_up: Multiply = lambda some, offsets: by_expert(some, offsets, rows, lambda x, e: x @ small.gate_up_proj[e].T)  # noqa: E731
         down: Multiply = lambda some, offsets: by_expert(some, offsets, out, lambda x, e: x @ small.down_proj[e].T)  # noqa: E731

@@ -17,6 +17,7 @@ from awq_hf.calibration.checks import check_windows
 from awq_hf.calibration.data import Windows, load_windows
 from awq_hf.calibration.tokens import is_tokens
 from awq_hf.checkpoint import Loading, begin, check_float_keys, finish
+from awq_hf.classes import positions_of
 from awq_hf.config import AwqConfig
 from awq_hf.experts import AwqExperts, holds_experts
 from awq_hf.exporters.dense import cast, cast_unsaved, make_dense
@@ -42,7 +43,8 @@ class AwqHfQuantizer(LeavesBlocks):
     quantization_config: AwqConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(AwqConfig.coerce(quantization_config), **kwargs)
+        config = AwqConfig.coerce(quantization_config)
+        super().__init__(config if kwargs.get("pre_quantized", True) else config.to_quantize(), **kwargs)
         self.windows: Windows | None = None
         self.recipe: Recipe | None = None
         self.loading: Loading | None = None  # of a quantized checkpoint, between the two hooks
@@ -82,7 +84,7 @@ class AwqHfQuantizer(LeavesBlocks):
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""
         config = self.quantization_config
-        recipe = self.recipe = config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        recipe = self.recipe = config.recipe(positions_of(model.config))
         plan = make_plan(model, recipe)
         if config.output_dir is not None:
             check_room(config.output_dir.parent, stored_bytes(model, plan))
@@ -138,6 +140,10 @@ class AwqHfQuantizer(LeavesBlocks):
             cast_unsaved(model, new)
         return model
 
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        compat.forget_that_it_is_quantized(model)
+
     def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, ScaledActivation):
@@ -161,11 +167,13 @@ class AwqHfQuantizer(LeavesBlocks):
 
 def calibration_windows(model: Any, config: AwqConfig, recipe: Recipe) -> Windows:
     """The windows that `config` asks for, with a tokenizer from beside the model. Raises ValueError for what calibration cannot use."""
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if embedding is None or embedding.ndim != 2:
+        raise ValueError(f"{type(model).__name__} has no embedding of tokens: only models that take text can be calibrated")
     with torch.device("cpu"):  # from_pretrained builds its model under the meta device
         tokenizer = _tokenizer(model, config)
         windows = load_windows(config.calibration, tokenizer, recipe.seq_len, samples=recipe.samples, seed=recipe.seed)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        windows = check_windows(windows, recipe.samples * recipe.seq_len, tokenizer, vocabulary)
+        windows = check_windows(windows, recipe.samples * recipe.seq_len, tokenizer, len(embedding))
         return windows.sample(recipe.samples, recipe.seed)
 
 
@@ -181,10 +189,11 @@ def _tokenizer(model: Any, config: AwqConfig) -> Any:
     except (OSError, ValueError) as error:
         processor = _processor(model, source)
         if processor is None:
-            raise ValueError(
-                f"no tokenizer was found at {str(source)!r} to calibrate with ({str(error).splitlines()[0]}); copy "
-                "the original's there, or pass AwqConfig(tokenizer=...), or calibration as a list of token tensors"
-            ) from error
+            missing = "the model was made in memory, so that no tokenizer to calibrate with lies beside it; "
+            if source:
+                said = str(error).splitlines()[0]
+                missing = f"no tokenizer was found at {str(source)!r} to calibrate with ({said}); copy the original's there, or "
+            raise ValueError(f"{missing}pass AwqConfig(tokenizer=...), or calibration as a list of token tensors") from error
         return processor
 
 

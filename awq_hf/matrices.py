@@ -21,12 +21,15 @@ def is_matrix(module: nn.Module) -> bool:
 
 @functools.cache
 def _is_plain(kind: Any) -> bool:
-    """Tried on a small one: a subclass's forward may be anything, and its constructor may want something else."""
+    """Tried on a small one: a subclass's forward may be anything, and its constructor may want something else.
+
+    In float32: while transformers builds a model, the default is the model's dtype, in which the order of roundings shows.
+    """
     if kind is nn.Linear:
         return True
     try:
-        with torch.device("cpu"), torch.no_grad():
-            small, x = kind(3, 2), torch.randn(2, 4, 3)
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            small, x = kind(3, 2).to(torch.float32), torch.randn(2, 4, 3, dtype=torch.float32)
             for parameter in small.parameters():
                 nn.init.normal_(parameter)
             return torch.allclose(small(x), nn.functional.linear(x, small.weight, small.bias), atol=1e-6)

@@ -22,7 +22,7 @@ from awq_hf import base_model
 from awq_hf.affine import choose_grid, fake_quantize
 from awq_hf.block_by_block import BlockByBlock
 from awq_hf.calibration.data import load_windows
-from awq_hf.classes import class_for, loaded_whole, read_config
+from awq_hf.classes import class_for, loaded_whole, positions_of, read_config
 from awq_hf.compat import Conv1D
 from awq_hf.evaluate import Texts, evaluate_many
 from awq_hf.linear import PackedModule, packed_modules
@@ -70,7 +70,7 @@ def measure(
     kind, options = class_for(config, trust_remote_code), dict(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     if not getattr(kind, "can_generate", lambda: True)():
         raise ValueError(f"{original} is a {kind.__name__}, which does not predict the next token: it cannot be measured so")
-    width = seq_len or min(SEQ_LEN, getattr(config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN)
+    width = seq_len or min(SEQ_LEN, positions_of(config) or SEQ_LEN)
 
     load_windows(texts, tokenizer, width, role="evaluation")  # what is wrong with it is said before a model is loaded
 

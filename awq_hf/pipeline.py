@@ -20,7 +20,7 @@ from awq_hf.calibration.stream import BlockStream, calling_order
 from awq_hf.freed import give_back
 from awq_hf.machine import machine, versions
 from awq_hf.parallel import one_thread_each
-from awq_hf.preflight import Plan, check_calls, check_in_memory, check_weights, make_plan
+from awq_hf.preflight import Plan, check_calls, check_hidden_states, check_in_memory, check_weights, make_plan
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 from awq_hf.resume import KeptBlocks, digest_of, run_again
@@ -78,13 +78,14 @@ class BlockLoop:
         self.report = Report(recipe=self.recipe.to_dict(), calibration=_describe(self.windows))
         self.report.left_in_float.update(self.plan.left_in_float)
         self.report.notes += self.windows.notes
-        was_training = self.model.training
+        training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             with one_thread_each():
                 self._run_blocks()
         finally:
-            self.model.train(was_training)
+            for module in self.model.modules():
+                module.training = training.get(module, training[self.model])  # those that are new as the model
         self.report.notes += _few_tokens(self.report)
         _close(self.report, began, cpu_began, self.model)
         return self.report
@@ -112,14 +113,19 @@ class BlockLoop:
                 give_back()
 
     def _look_through(self, batch: Batch) -> None:
-        """Run the float model once, and raise ValueError for what would end the work in its middle: weights, or the order of its blocks."""
+        """Run the float model once, and raise ValueError for what would end the work in its middle: weights, what is computed with them,
+        or the order of the blocks."""
 
         def begin(index: int) -> None:
             self.source.load(index)
             check_weights(self.model, self.plan, f"{self.prefix}.{index}")
 
+        def end(index: int, output: Any) -> None:
+            self.source.unload(index)
+            check_hidden_states(output, f"{self.prefix}.{index}")
+
         check_in_memory(self.model, self.source.later)
-        order, _ = calling_order(self.model, self.blocks, batch, begin, self.source.unload)
+        order, _ = calling_order(self.model, self.blocks, batch, begin, end)
         check_calls(order, self.prefix, self.blocks)
 
     def _run_block(self, index: int) -> BlockWork:

@@ -7,22 +7,26 @@ import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from awq_hf import renaming, representable
+from awq_hf import compat, renaming, representable
 from awq_hf.blocks import experts_of, find_blocks, linear_routers, matrices_of
 from awq_hf.experts import FUSED, holds_experts, joins_words, reason_against
 from awq_hf.kernels.layout import column_multiple
 from awq_hf.matrices import is_matrix, shape_of
 from awq_hf.recipe import Recipe
+from awq_hf.report import overflow
 from awq_hf.spec import GROUP_SIZES, QuantSpec
 from awq_hf.wording import option
 
 OUTSIDE = "outside the decoder's blocks"
 SKIPPED = "modules_to_not_convert"
 ROUTER = "it chooses experts"
+REUSED = "a block whose weights are used several times cannot be quantized"
 SMALL = 0.01  # of a block's weights: what does not fit and is no more than this is not worth refusing the model for
 
 
@@ -42,10 +46,11 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """All matrices of the decoder's blocks, less those the recipe skips and small ones that do not fit. No weight is read.
 
     Raises ValueError naming every larger one that cannot be stored, the sizes that would work, and how to leave it in float; and
-    when nothing is left to quantize, or an override or an entry of the skip list names nothing.
+    when nothing is left to quantize, blocks share weights, or an override or an entry of the skip list names nothing.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only models of one of them can be quantized")
+    _check_shared(model)
     plan, misfits = sort_out(model, recipe)
     _check_parts(model, recipe, plan)
     if not plan.specs and not plan.experts:
@@ -244,10 +249,22 @@ def check_calls(order: list[int], prefix: str, blocks: nn.ModuleList) -> None:
     """Raise ValueError when the model does not call its blocks one after the other, each once. order: as they were called."""
     for index in range(len(blocks)):
         if (times := order.count(index)) != 1:
-            why = "it needs other inputs than text" if times == 0 else "a block whose weights are used several times cannot be quantized"
+            why = "it needs other inputs than text" if times == 0 else REUSED
             raise ValueError(f"the model calls {prefix}.{index} {times} times for one text, and not once: {why}")
     if order != sorted(order):
         raise ValueError(f"the model calls its blocks {prefix} in the order {order}; only first to last can be quantized")
+
+
+def _check_shared(model: nn.Module) -> None:
+    """Raise ValueError where a weight is in several blocks: what is made of it in one would change the others."""
+    (prefix, blocks), tied = find_blocks(model), compat.tied_weights(model)
+    first: dict[int, str] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            full = f"{prefix}.{index}.{name}"
+            other = tied.get(full) or first.setdefault(id(parameter), full)
+            if other.startswith(f"{prefix}.") and not other.startswith(f"{prefix}.{index}."):
+                raise ValueError(f"{full} is {other} as well: {REUSED}")
 
 
 def check_in_memory(model: nn.Module, later: str | None) -> None:
@@ -259,6 +276,13 @@ def check_in_memory(model: nn.Module, later: str | None) -> None:
             f"{len(missing)} weights are not in memory (the first is {missing[0]}): disk offload cannot be quantized; "
             f"load on one device: {option('device_map', 'cpu')} or {option('device_map', 'cuda:0')}"
         )
+
+
+def check_hidden_states(output: Any, block: str) -> None:
+    """Raise ValueError where hidden states that a block puts out are not finite."""
+    hidden = next((value for value in tree_flatten(output)[0] if isinstance(value, Tensor) and value.is_floating_point()), None)
+    if hidden is not None and not bool(torch.isfinite(hidden).all()):
+        raise ValueError(overflow(block))
 
 
 def check_weights(model: nn.Module, plan: Plan, inside: str) -> None:

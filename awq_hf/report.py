@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_hf.model_cards.summary import loss_ratio, summarize
+from awq_hf.wording import option
 
 REPORT_NAME = "report.json"
 
@@ -48,6 +50,18 @@ class LayerReport:
     experts: int = 1
     few_tokens: list[int] = field(default_factory=list)
     residual: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.loss + self.loss_plain):
+            raise ValueError(overflow(self.name))
+
+
+def overflow(module: str) -> str:
+    """What to say of a module that gets or puts out values that are no numbers, though its weights are."""
+    return (
+        f"{module} gets or puts out NaN or infinity on the calibration text: activations are too large for the model's dtype; load it with "
+        f"{option('dtype', 'bfloat16')} or {option('dtype', 'float32')}"
+    )
 
 
 @dataclass

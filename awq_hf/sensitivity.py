@@ -129,7 +129,7 @@ class _Sums:
 
     @classmethod
     def of(cls, matrices: int, out_features: int, in_features: int, device: torch.device) -> _Sums:
-        zeros = lambda *shape: torch.zeros(matrices, *shape, device=device)  # noqa: E731
+        zeros = lambda *shape: torch.zeros(matrices, *shape, dtype=torch.float32, device=device)  # noqa: E731
         return cls(zeros(), zeros(in_features), zeros(out_features))
 
     def add(self, matrix: int, x: Tensor, y: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def _costs(weights: Tensor, sums: _Sums, kinds: Sequence[Type]) -> dict[Type, fl
     """weights: [matrices, out, in]. Of a sample of rows, and of all as far as their outputs matter as much."""
     matrices, out_features, _ = weights.shape
     total = matrices * out_features
-    chosen = torch.linspace(0, total - 1, min(max(ROWS, EXPERT_ROWS * (matrices > 1) * matrices), total)).long()
+    chosen = torch.linspace(0, total - 1, min(max(ROWS, EXPERT_ROWS * (matrices > 1) * matrices), total), dtype=torch.float32).long()
     owners, matters = chosen // out_features, sums.gradient.flatten().cpu()
     share = float(matters[chosen].sum() / matters.sum().clamp(min=torch.finfo(torch.float32).tiny))
     found = dict.fromkeys(kinds, 0.0)

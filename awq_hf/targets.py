@@ -9,7 +9,7 @@ from typing import Any
 
 from awq_hf import compat, renaming
 from awq_hf.base_model import identify
-from awq_hf.classes import empty_model, read_config
+from awq_hf.classes import empty_model, positions_of, read_config
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import Checkpoint, Entry, open_checkpoint
 from awq_hf.exporters.dense import DTYPES
@@ -78,7 +78,7 @@ def places(
         return []
     architecture = read_config(model, trusted, **location)
     empty = empty_model(architecture, getattr(architecture, "dtype", None), trusted)
-    recipe = config.recipe(getattr(architecture.get_text_config(), "max_position_embeddings", None))
+    recipe = config.recipe(positions_of(architecture))
     specs = make_plan(empty, recipe).specs
     for target in targets:
         if target.name in ("compressed-tensors", "gptq"):

@@ -20,7 +20,7 @@ from awq_hf import compat, renaming
 from awq_hf.beside import remember_place
 from awq_hf.blocks import experts_of, find_blocks, matrices_of
 from awq_hf.calibration.data import Windows
-from awq_hf.classes import class_of
+from awq_hf.classes import class_of, positions_of
 from awq_hf.config import AwqConfig
 from awq_hf.encoded_experts import PARTS, parts_of
 from awq_hf.encoded_layer import Encoded
@@ -170,7 +170,7 @@ class _Search:
     ) -> GgufExport:
         self.config.tokenizer = self.config.tokenizer or options.get("tokenizer")
         model, source = self._load(whole=target_bpw is not None)
-        recipe = self.config.recipe(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        recipe = self.config.recipe(positions_of(model.config))
         windows = calibration_windows(model, self.config, recipe)
         names = _matrices(model, self.plan, types)
         self.progress = compat.progress_bar if options.get("progress", True) else None

@@ -1,4 +1,4 @@
-"""How a message calls an option: as Python does, or as the command line, whichever its reader uses."""
+"""How messages call things: an option as Python does, or as the command line, whichever its reader uses; modules of all blocks as one."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def spelled(spelling: Spelling) -> Iterator[None]:
         yield
     finally:
         _spelling = before
+
+
+def starred(name: str) -> str:
+    """A module's name with * for every number, as all blocks have it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -180,14 +180,11 @@ def open_checkpoint(model: str | os.PathLike[str] | PreTrainedModel, *, known: C
     known: names of tensors that nobody will ask it for; those of a model in memory may be somewhere else.
     location: revision, cache_dir, token, local_files_only, for the Hub. Raises ValueError for what cannot be exported, naming the reason.
     """
+    compat.check_is_model(model)
     if isinstance(model, PreTrainedModel):
         if location:
             raise TypeError(f"{', '.join(location)}: options for the Hub have no use with a model that is in memory")
         return _in_memory(model, known)
-    if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(
-            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model, merge the adapter first"
-        )
     directory, label = directory_of(os.fspath(model), location), os.fspath(model)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{label} holds no config.json; give the directory of a model as transformers saves it, or a Hub id")
@@ -234,8 +231,6 @@ def _config(directory: Path, content: dict[str, Any]) -> PreTrainedConfig:
 def _in_memory(model: PreTrainedModel, known: Collection[str]) -> Checkpoint:
     check_whole(model)
     label = model.name_or_path or type(model).__name__
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{label} has adapters attached; merge them into the model, or delete them, before it is exported")
     tensors = renaming.state_dict_on_disk(model)
     if elsewhere := sorted(name for name, tensor in tensors.items() if tensor.is_meta and name not in known):
         raise ValueError(f'{elsewhere[0]} of {label} is offloaded; load the model with device_map="cpu", or export its directory')

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -13,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from awq_hf.evaluation_table import STRANGE_TEXT, perplexity, with_error
 from awq_hf.model_cards.artifacts import AUTO_CLASSES, ROOT, Artifact, writes_text
 from awq_hf.model_cards.facts import FAST_TARGET, ORIGINAL, PLAIN, Facts, Measured
+from awq_hf.model_cards.made import listed, made
 from awq_hf.model_cards.markdown import FILTERS, escape, one_line
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.plots import KL_PLOT, LOSS_PLOT
-from awq_hf.model_cards.summary import loss_ratio, remarks
 
 SECTIONS = ("files", "quality", "run", "made", "reproduce", "citation")
 AUDIENCE = {  # {}: the programs
@@ -24,11 +23,6 @@ AUDIENCE = {  # {}: the programs
     "gptq": "GPUs and servers: {}",
     "compressed-tensors": "GPUs and servers: {}",
     "gguf": "PCs, Macs and CPUs: {}",
-}
-ROUNDING = {
-    "nearest": "rounding to nearest",
-    "gptq": "rounding with GPTQ",
-    "descent": "rounding with GPTQ, then coordinate descent on integers and scales",
 }
 
 
@@ -59,10 +53,9 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "base": facts.base,
         "root": facts.root,
         "report": facts.report,
-        "recipe": (facts.report or {}).get("recipe", {}),
         "title": facts.title,
         "what": _what(facts),
-        "programs": _listed(dict.fromkeys(reader for artifact in facts.artifacts for reader in artifact.readers)),
+        "programs": listed(dict.fromkeys(reader for artifact in facts.artifacts for reader in artifact.readers)),
         "instead_of": size(facts.reference_bytes) if facts.reference_bytes and len(facts.artifacts) == 1 else None,
         "files": [_file(facts, artifact) for artifact in facts.artifacts],
         "has_kl": any(row.kl is not None for row in map(facts.row, facts.artifacts) if row),
@@ -77,19 +70,8 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "auto_class": _auto_class(facts.class_name),
         "causal": writes_text(facts.class_name),
         "checkpoints": len(facts.artifacts) > len(facts.gguf),
-        "method": _method(facts),
-        "stored": _stored(facts),
-        "kinds": _kinds(facts.layers),
-        "baseline": "the type's plain quantizer" if _searched(facts) else "plain rounding",
-        "loss": f"{loss_ratio(facts.layers):.0%}" if facts.layers else None,
-        "fallbacks": [layer for layer in facts.layers if layer.get("fallback")],
-        "remarks": remarks(facts.report) if facts.report else [],
-        "notes": list(dict.fromkeys([*(facts.report or {}).get("notes", []), *(text for a in facts.artifacts for text in a.obstacles)])),
-        "left": _left(facts),
-        "machine": _machine((facts.report or {}).get("machine", {})),
-        "seconds": _time((facts.report or {}).get("seconds", {}).get("total")),
+        **made(facts),
         "memory": {where: size(peak) for where, peak in (facts.report or {}).get("peak_memory_bytes", {}).items() if peak},
-        "versions": _listed(f"{name} {version}" for name, version in (facts.report or {}).get("versions", {}).items()),
     }
 
 
@@ -100,16 +82,11 @@ def size(count: int) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
-def _listed(names: Iterable[str]) -> str:
-    *first, last = [*names] or [""]
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def _what(facts: Facts) -> str:
     """quantized to 4 bits with AWQ / in AWQ / as GGUF"""
     bits = sorted({width for artifact in facts.artifacts for width in artifact.bits})
-    formats = _listed(dict.fromkeys(artifact.label.split(",")[0].split(" ")[0] for artifact in facts.artifacts))
-    return f"quantized to {_listed(map(str, bits))} bits ({formats})" if bits else f"as {formats}"
+    formats = listed(dict.fromkeys(artifact.label.split(",")[0].split(" ")[0] for artifact in facts.artifacts))
+    return f"quantized to {listed(map(str, bits))} bits ({formats})" if bits else f"as {formats}"
 
 
 def _auto_class(class_name: str | None) -> str | None:
@@ -197,8 +174,8 @@ def _together(labels: list[str]) -> str:
     """AWQ and compressed-tensors, 4 bits"""
     parts = [label.partition(", ") for label in labels]
     if len({width for *_, width in parts}) > 1:
-        return _listed(labels)
-    return _listed(form for form, *_ in parts) + "".join(parts[0][1:])
+        return listed(labels)
+    return listed(form for form, *_ in parts) + "".join(parts[0][1:])
 
 
 def _share(facts: Facts) -> dict[str, str] | None:
@@ -219,109 +196,3 @@ def _gguf_snippet(facts: Facts) -> dict[str, Any] | None:
     chosen = min(facts.gguf, key=lambda artifact: measured.get(artifact.path, math.inf))  # of several the first, which is the largest
     alone = chosen.tag is not None and [artifact.tag for artifact in facts.gguf].count(chosen.tag) == 1
     return {"file": chosen.files[0], "tag": chosen.tag if alone else None, "label": chosen.label}
-
-
-def _method(facts: Facts) -> str | None:
-    recipe = (facts.report or {}).get("recipe") or {}
-    if not recipe:
-        return None
-    if _searched(facts):
-        return "smoothing scales judged by each type's own quantizer; codes chosen together, on the steps that it found"
-    steps = [
-        *(["AWQ's smoothing scales"] if recipe.get("scale") else []),
-        *(["clipping of group ranges"] if recipe.get("clip") else []),
-        ROUNDING.get(recipe.get("rounding", ""), one_line(recipe.get("rounding"))),
-    ]
-    fitted = "; each layer is fitted to the inputs that it gets from the layers quantized before it"
-    return _listed(steps) + (fitted if recipe.get("stream") == "quantized" else "")
-
-
-def _searched(facts: Facts) -> bool:
-    """Whether the report is of a search for GGUF's types."""
-    return any("kind" in layer for layer in facts.layers)
-
-
-def _stored(facts: Facts) -> list[str]:
-    """How Linears are stored, from what the report says of each, or else from config.json."""
-    if _searched(facts):
-        kinds = Counter(_type_name(layer["kind"]) for layer in facts.layers)
-        return [f"{kind} ({count} Linears)" for kind, count in kinds.most_common()]
-    symmetric = (facts.report or {}).get("recipe", {}).get("spec", {}).get("symmetric")
-    stored = facts.root.quantization if facts.root else {}
-    if symmetric is None and isinstance(stored.get("zero_point"), bool):
-        symmetric = not stored["zero_point"]
-    grid = "" if symmetric is None else ", symmetric" if symmetric else ", with zero points"
-    if facts.layers:
-        found = Counter((layer["bits"], layer["group_size"]) for layer in facts.layers).most_common()
-    elif isinstance(group := stored.get("group_size", stored.get("q_group_size")), int) and facts.root and facts.root.bits:
-        found = [((facts.root.bits[0], group), 0)]
-    else:
-        return []
-    count = (lambda number: f" ({number} Linears)") if len(found) > 1 else lambda number: ""
-    return [f"{bits} bits, {_groups(group)}{grid}{count(number)}" for (bits, group), number in found]
-
-
-def _type_name(kind: Any) -> str:
-    from gguf import GGMLQuantizationType
-
-    return GGMLQuantizationType(kind).name if isinstance(kind, int) else one_line(kind)
-
-
-def _groups(group_size: int) -> str:
-    return "one scale a row" if group_size == -1 else f"a scale for {group_size} input channels"
-
-
-def _kinds(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Linears of one name in all blocks: how many, and what is left of plain rounding's loss."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for layer in layers:
-        found.setdefault(layer["name"].rpartition(".")[2], []).append(layer)
-    worst = {kind: max(some, key=_ratio) for kind, some in found.items()}
-    return [
-        {"kind": kind, "count": len(some), "loss": f"{loss_ratio(some):.0%}", "worst": f"{_ratio(worst[kind]):.0%}"}
-        for kind, some in found.items()
-    ]
-
-
-def _ratio(layer: dict[str, Any]) -> float:
-    return layer["loss"] / layer["loss_plain"] if layer["loss_plain"] > 0 else 1.0
-
-
-def _left(facts: Facts) -> list[dict[str, Any]]:
-    """Modules in float, those of all blocks as one, with the reason where it is known."""
-    if facts.report:
-        named = [*facts.report["left_in_float"].items()]
-    else:
-        entries = facts.root.quantization.get("modules_to_not_convert") if facts.root else None
-        named = [(name, None) for name in entries or () if isinstance(name, str)]
-    found: dict[tuple[str, str | None], list[str]] = {}
-    for name, reason in named:
-        found.setdefault((_starred(name), reason), []).append(name)
-    return [
-        {"name": starred if len(names) > 1 else names[0], "count": len(names), "reason": reason}
-        for (starred, reason), names in found.items()
-    ]
-
-
-def _starred(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _machine(machine: dict[str, Any]) -> str | None:
-    threads = machine.get("threads")
-    parts = [
-        machine.get("device"),
-        machine.get("processor"),
-        machine.get("platform"),
-        f"{threads} thread{'s' * (threads != 1)}" if threads else None,
-    ]
-    return ", ".join(str(part) for part in parts if part) or None
-
-
-def _time(seconds: Any) -> str | None:
-    if not isinstance(seconds, (int, float)):
-        return None
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -117,6 +117,24 @@ def test_adapters_of_transformers_own_interface(model: Any, quantized_dir: Path,
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), prompt), trained)
 
 
+@pytest.mark.parametrize("interface", ["transformers", "peft"])
+def test_a_float_model_with_adapters_is_not_quantized(
+    interface: str, llama_dir: Path, small_config: Callable[..., Any], tmp_path: Path, peft: Any
+) -> None:
+    """Saving it would write the adapters alone, or names that nothing loads."""
+    model: Any = AutoModelForCausalLM.from_pretrained(llama_dir)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=4)
+    if interface == "transformers":
+        model.add_adapter(config)
+    else:
+        adapted = peft.get_peft_model(model, config)
+        with pytest.raises(TypeError, match="PeftModel is neither a transformers model nor the name of one"):
+            awq_hf.quantize(adapted, small_config(), output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match="LlamaForCausalLM has adapters attached; merge them"):
+        awq_hf.quantize(model, small_config(), output_dir=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_all_linear_is_every_quantized_one(model: Any, peft: Any) -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     wrapped = {name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)}

@@ -23,6 +23,7 @@ from transformers.quantizers.quantizer_awq import AwqQuantizer
 
 import awq_hf
 from awq_hf import AwqHfQuantizer, AwqLinear
+from awq_hf.report import Report
 
 BITS = (2, 3, 8)
 
@@ -202,6 +203,16 @@ def test_offloaded_models_are_not_dequantized_and_stay_as_they_are(quantized_dir
     with pytest.raises(ValueError, match=r'model\.layers\.1\..* is offloaded; load the model with device_map="cpu"'):
         model.dequantize()
     assert torch.equal(model(prompt).logits, expected)
+
+
+def test_only_the_main_process_adds_to_what_is_saved(quantized_dir: Path, tmp_path: Path) -> None:
+    """As accelerate's users save: every process calls it, and the others write no config.json."""
+    model = AutoModelForCausalLM.from_pretrained(quantized_dir)
+    model.awq_report = Report({}, {})
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, is_main_process=True)
+    assert (tmp_path / "report.json").is_file()
 
 
 def test_dequantize_after_saving(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:

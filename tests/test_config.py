@@ -121,6 +121,20 @@ def test_takes_over_transformers_own_config() -> None:
     assert again is not ours and again.to_dict() == ours.to_dict()
 
 
+def test_a_dictionary_gives_the_options_of_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers takes one in place of a config, and makes it one by `from_dict`."""
+    given = {"quant_method": "awq", "bits": 3, "group_size": 32, "samples": 4, "seq_len": 16, "rounding": "nearest"}
+    config = AwqConfig.from_dict(given).to_quantize()
+    assert (config.bits, config.group_size, config.samples, config.seq_len, config.rounding, config.extra) == (3, 32, 4, 16, "nearest", {})
+    assert config.version == "awq_hf" and not caplog.records
+    own = AwqConfig.from_dict(transformers.AwqConfig(bits=4, group_size=64).to_dict()).to_quantize()
+    assert (own.group_size, own.batch_size, own.extra) == (64, AwqConfig().batch_size, {}) and not caplog.records
+    AwqConfig.from_dict({"w_bit": 4, "group_sze": 32}).to_quantize()
+    assert [record.message for record in caplog.records] == [
+        "quantization_config: AwqConfig has no option of the name group_sze; it is ignored"
+    ]
+
+
 def test_copies_share_the_calibration_and_nothing_that_is_written() -> None:
     calibration = [torch.arange(5)]
     config = AwqConfig(calibration=calibration, tokenizer=object(), modules_to_not_convert=["a"])

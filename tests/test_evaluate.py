@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, XLNetConfig
 
 import awq_hf
 from awq_hf import Evaluation
@@ -54,6 +54,22 @@ def expected(models: tuple[Any, Any], tokens: list[Tensor]) -> dict[str, float]:
         "top1": mean(same),
         "tokens": len(divergences),
     }
+
+
+def test_a_model_that_is_partly_elsewhere(
+    llama_dir: Path, models: tuple[Any, Any], tokens: list[Tensor], expected: dict[str, float], tmp_path: Path
+) -> None:
+    """accelerate brings the embedding, whose place is then the meta device, when it is called."""
+    devices = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(llama_dir, device_map=devices, offload_folder=str(tmp_path))
+    found = awq_hf.evaluate(offloaded, models[1], tokens, seq_len=SEQ_LEN)
+    assert found.kl == 0 and found.perplexity == pytest.approx(expected["reference_perplexity"])
+
+
+def test_a_model_without_a_number_of_positions(random_model: Callable[..., Any], tokens: list[Tensor]) -> None:
+    """XLNet says -1."""
+    xlnet = random_model(XLNetConfig(vocab_size=96, d_model=64, n_layer=1, n_head=4, d_inner=96))
+    assert awq_hf.evaluate(xlnet, texts=tokens[:2], seq_len=SEQ_LEN).tokens == 64
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

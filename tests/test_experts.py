@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,9 @@ from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.inspection.contents import read_contents
 from awq_hf.inspection.source import open_source
 from awq_hf.linear import pack_weight
+from tests.mixtures import MODELS, SIZES
 
-SIZES = dict(
-    vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-    num_experts_per_tok=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-QWEN = dict(SIZES, num_experts=4, moe_intermediate_size=32, intermediate_size=96)
 QWEN_PARTS, MIXTRAL_PARTS = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
-MODELS: dict[str, Callable[[], Any]] = {
-    "mixtral": lambda: transformers.MixtralConfig(**SIZES, intermediate_size=32, num_local_experts=4, sliding_window=None),
-    "qwen3": lambda: transformers.Qwen3MoeConfig(**QWEN, head_dim=16, mlp_only_layers=[1]),
-    "qwen2": lambda: transformers.Qwen2MoeConfig(**QWEN, shared_expert_intermediate_size=64),
-    "olmoe": lambda: transformers.OlmoeConfig(**{**QWEN, "intermediate_size": 32}),
-}
 
 
 def on_disk(name: str, tensor: str) -> str:
@@ -245,6 +237,16 @@ def test_what_can_be_replaced_is_found_by_trying(random_model: Callable[..., Any
     assert reason_against(understood) == "Interleaved computes something else with its weights than gate, up and down"
     understood.__class__ = nn.Module
     assert "does not follow transformers' interface" in str(reason_against(understood))
+
+
+def test_trying_keeps_no_weights_alive(random_model: Callable[..., Any]) -> None:
+    experts = random_model(MODELS["qwen3"]()).model.layers[0].mlp.experts
+    experts.name = "not one that was tried before"
+    weight = weakref.ref(experts.gate_up_proj)
+    assert reason_against(experts) is None
+    del experts
+    gc.collect()
+    assert weight() is None
 
 
 def test_skip_lists_name_routers_and_not_experts(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:

@@ -67,6 +67,30 @@ def test_dtype_argument(dtype: torch.dtype, llama_dir: Path, quantized_dir: Path
         assert model(prompt).logits.dtype == dtype
 
 
+@pytest.mark.parametrize("surroundings", ["default dtype", "inference mode"])
+def test_what_surrounds_a_run_changes_nothing(
+    surroundings: str, llama_dir: Path, quantized_dir: Path, small_config: Callable[..., Any]
+) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if surroundings == "default dtype" else before)
+    try:
+        with torch.inference_mode(surroundings == "inference mode"):
+            found = quantized(llama_dir, small_config()).state_dict()
+    finally:
+        torch.set_default_dtype(before)
+    expected = load_file(quantized_dir / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_activations_that_do_not_fit_the_dtype_are_refused(tiny_llama: Callable[..., Any], small_config: Callable[..., Any]) -> None:
+    model = tiny_llama(torch.float16)
+    model.model.layers[0].mlp.down_proj.weight.data *= 3e4
+    with pytest.raises(ValueError, match=r"model\.layers\.0 gets or puts out NaN or infinity .* dtype='bfloat16'"):
+        awq_hf.quantize(model, small_config())
+    model.model.layers[0].mlp.down_proj.weight.data /= 3e4
+    assert awq_hf.quantize(model, small_config(samples=2)).awq_report.layers  # nothing had been done
+
+
 def test_scales_survive_a_cast_in_memory(quantized_dir: Path) -> None:
     model = load(quantized_dir)
     before = model.get_submodule(Q_PROJ).scales.clone()
@@ -162,6 +186,10 @@ def test_shapes_that_do_not_divide(
 def test_no_tokenizer(calibration: Any, llama_dir: Path, small_config: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer.*AwqConfig\(tokenizer="):
         quantized(llama_dir, small_config(calibration=calibration))
+    with pytest.raises(ValueError, match=r"the model was made in memory, .*AwqConfig\(tokenizer="):
+        awq_hf.quantize(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(llama_dir)), small_config(calibration=calibration)
+        )
 
 
 @pytest.mark.parametrize("samples", [[torch.arange(90, 100)], [torch.tensor([5, -1, 7])]])

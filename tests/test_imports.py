@@ -34,7 +34,7 @@ ALLOWED = {
     "transforms": "spec affine parallel calibration folding",
     "rounding": "spec affine parallel calibration folding",
     "recipe": "spec representable transforms rounding",
-    "preflight": "spec representable kernels.layout experts matrices blocks calibration recipe renaming",
+    "preflight": "spec representable kernels.layout experts matrices blocks calibration recipe renaming report compat",
     "skip_list": "",
     "linear": "spec kernels",
     "serving": "spec linear skip_list",
@@ -63,11 +63,11 @@ ALLOWED = {
     "lora": "linear",
     "renaming": "",
     "block_by_block": "blocks calibration streaming",
-    "evaluate": "calibration block_by_block",
+    "evaluate": "calibration classes block_by_block",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
-    "hf_quantizer": "beside unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers checkpoint "
-    "preflight skip_list serving pipeline prepare compat renaming config output streaming",
+    "hf_quantizer": "beside classes unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers "
+    "checkpoint preflight skip_list serving pipeline prepare compat renaming config output streaming",
     "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding encoded_layer encoded_experts experts exporters "
     "hf_quantizer compat renaming report streaming",
     "output": "",

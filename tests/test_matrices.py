@@ -35,6 +35,28 @@ def test_linears_and_what_computes_like_them() -> None:
         assert is_matrix(FalconLinear(3, 4)) and not is_matrix(Doubled(3, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_they_are_tried_in_float32_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    class Apart(nn.Linear):  # rounds twice, as FalconLinear does; a class of its own, as what was tried is remembered
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T + self.bias
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does while it builds its model
+    try:
+        assert is_matrix(Apart(3, 4))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_trying_leaves_random_numbers_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    module, state = Own(3, 4), torch.get_rng_state()
+    assert is_matrix(module) and torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("module", [nn.Linear(3, 4), FalconLinear(3, 4, bias=False), Conv1D(4, 3)], ids=lambda m: type(m).__name__)
 def test_as_linear_and_back(module: nn.Module) -> None:
     nn.init.normal_(module.get_parameter("weight"))

@@ -13,36 +13,20 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import awq_hf
-from awq_hf import AwqConfig, expert_block
-from awq_hf.calibration.stats import Moments
-from awq_hf.expert_block import Tokens, _Statistics
+from awq_hf import expert_block
 from awq_hf.experts import AwqExperts, gate_is_linear_in_up
 from awq_hf.inspection import Forecast, inspect
 from awq_hf.preflight import make_plan
-
-SIZES = dict(
-    vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-    num_experts_per_tok=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-QWEN = dict(SIZES, num_experts=4, moe_intermediate_size=32, intermediate_size=96)
-MODELS: dict[str, Callable[[], Any]] = {
-    "mixtral": lambda: transformers.MixtralConfig(**SIZES, intermediate_size=32, num_local_experts=4, sliding_window=None),
-    "qwen3": lambda: transformers.Qwen3MoeConfig(**QWEN, head_dim=16, mlp_only_layers=[1]),
-    "qwen2": lambda: transformers.Qwen2MoeConfig(**QWEN, shared_expert_intermediate_size=64),
-    "olmoe": lambda: transformers.OlmoeConfig(**{**QWEN, "intermediate_size": 32}),
-}
-PLAIN: dict[str, Any] = dict(rounding="nearest", scale=False, clip=False, correction=False)
+from tests.mixtures import MODELS, PLAIN, QWEN, SIZES, config_for, enough_text
 
 
 @pytest.fixture(scope="module")
-def enough(tokens: list[Tensor]) -> list[Tensor]:
-    """More calibration text than the usual fixture: every expert gets a share of it."""
-    generator = torch.Generator().manual_seed(4)
-    return [torch.randint(3, 96, (48,), generator=generator) for _ in range(48)]
+def enough() -> list[Tensor]:
+    return enough_text()
 
 
 def divergence(model: Any, original: Any) -> float:
@@ -51,10 +35,6 @@ def divergence(model: Any, original: Any) -> float:
     with torch.no_grad():
         p, q = (each(text).logits.float().log_softmax(-1) for each in (original, model))
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def config_for(text: list[Tensor], **options: Any) -> AwqConfig:
-    return AwqConfig(**{"group_size": 32, "calibration": text, "samples": 48, "seq_len": 48, **options})
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -219,74 +199,6 @@ def test_a_gate_that_clamps_up_takes_no_scales(random_model: Callable[..., Any])
     assert gate_is_linear_in_up(experts)
     experts._apply_gate = lambda x: torch.nn.functional.silu(x[:, :16]) * x[:, 16:].clamp(-7, 7)
     assert not gate_is_linear_in_up(experts)
-
-
-# Few tokens
-
-
-def test_experts_that_few_tokens_reach(random_model: Callable[..., Any], enough: list[Tensor]) -> None:
-    """A router that knows experts 0 and 1 only, and sends a token to expert 3 where its own are no choice."""
-    original = random_model(MODELS["qwen3"]())
-    mlp = original.model.layers[0].mlp
-
-    def few(_module: nn.Module, _args: Any, output: Any) -> Any:
-        logits, share, chosen = output
-        rare = torch.arange(len(chosen)) % 48 == 7
-        chosen = torch.where(rare[:, None], torch.tensor([3, 1]), torch.tensor([0, 1]))
-        return logits, share, chosen
-
-    mlp.gate.register_forward_hook(few)  # copies of the model have it too
-    plain, quantized = (awq_hf.quantize(copy.deepcopy(original), config_for(enough, **options)) for options in (PLAIN, {}))
-    gate_up, down = (layer for layer in quantized.awq_report.layers if ".experts." in layer.name)
-    assert gate_up.few_tokens == [2, 3] and down.few_tokens == [2]  # 42 tokens, and rows of 64 and of 32
-    (note,) = [note for note in quantized.awq_report.notes if "fewer calibration tokens" in note]
-    assert "2 experts in 1 layers" in note and "model.layers.0.mlp.experts, 2 of 4" in note
-    text = torch.randint(3, 96, (16, 40), generator=torch.Generator().manual_seed(9))
-    seen: list[Tensor] = []
-    for model in (original, quantized, plain):
-        experts = model.model.layers[0].mlp.experts
-        handle = experts.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-        with torch.no_grad():
-            model(text)
-        handle.remove()
-    for expert in (2, 3):  # sent all tokens for once
-        chosen, share = torch.full((len(seen[0]), 1), expert), torch.ones(len(seen[0]), 1)
-        with torch.no_grad():
-            results = [m.model.layers[0].mlp.experts(x, chosen, share) for m, x in zip((original, quantized, plain), seen, strict=True)]
-        assert float((results[1] - results[0]).norm()) < 0.9 * float((results[2] - results[0]).norm())
-
-
-def test_statistics_are_those_of_the_tokens_that_reach_an_expert() -> None:
-    """Divided by the smoothing scales, and filled up to as many tokens as there are channels."""
-    generator = torch.Generator().manual_seed(0)
-    scales, experts = torch.rand(8, generator=generator) + 0.5, torch.tensor([0, 0, 0, 0, 1])
-    batches = []
-    for held_out in (False, False, True):
-        x0, chosen = torch.randn(20, 8, generator=generator), experts[torch.randint(5, (20, 1), generator=generator)]
-        batches.append(Tokens(x0 / scales + 0.1, x0, chosen, held_out))
-    batches[1].chosen[:] = 0  # leaves expert 1 a few tokens of the first batch
-    statistics = _Statistics(batches, 2, 8, scales)
-    z, mine = torch.cat([batch.x for batch in batches[:2] if batch.x is not None]), torch.cat([b.chosen[:, 0] for b in batches[:2]])
-    for expert in (0, 1):
-        reached = [(batch.chosen == expert).any(1).nonzero()[:, 0] for batch in batches]
-        train, _ = statistics.of_inputs(reached)
-        own, share = z[mine == expert], min(1.0, float((mine == expert).sum()) / 8)
-        assert (share == 1) == (expert == 0) and share > 0
-        torch.testing.assert_close(train.H, share * own.T @ own / len(own) + (1 - share) * z.T @ z / len(z))
-        assert train.P is not None  # e is 0.1 everywhere
-        torch.testing.assert_close(train.P, 0.1 * (share * own.mean(0) + (1 - share) * z.mean(0)).expand(8, 8), rtol=1e-4, atol=1e-5)
-
-
-def test_moments_are_mixed() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b, none = Moments(), Moments(), Moments()
-    x, y = (torch.randn(5, 3, generator=generator) for _ in range(2))
-    a.add(x, x + 1, want_ee=True)
-    b.add(y, y * 2, want_ee=True)
-    mixed = a.mixed(b, 0.25)
-    for name in ("H", "P", "R"):
-        torch.testing.assert_close(getattr(mixed, name), 0.25 * getattr(a, name) + 0.75 * getattr(b, name))
-    assert a.mixed(b, 1.0) is a and torch.equal(none.mixed(b, 0.0).H, b.H)
 
 
 # Refusals

@@ -131,7 +131,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_quantize_writes_it(llama_dir: Path, small_config: Callable[..., Any], tmp_path: Path) -> None:
     config = small_config(samples=2, rounding="nearest", bits=8)
-    awq_hf.quantize(llama_dir, config, output_dir=tmp_path / "out", dtype=torch.float32, device_map="cpu", attn_implementation="eager")
+    awq_hf.quantize(
+        llama_dir, config, output_dir=tmp_path / "out", torch_dtype=torch.float32, device_map="cpu", attn_implementation="eager"
+    )
     text = (tmp_path / "out" / RECIPE_NAME).read_text(encoding="utf-8")
     assert "attn_implementation" in text.partition("model:")[0]
     content = {"model": "./float", "dtype": "float32", "device": "cpu", "bits": 8, "group_size": 32, "calibration": IN_PYTHON}

@@ -40,6 +40,12 @@ def test_file_holds_everything_and_nothing_is_left_beside_it(report: Report, tmp
     assert saved["left_in_float"] == report.left_in_float
 
 
+@pytest.mark.parametrize("losses", [(float("nan"), 1.0), (0.5, float("inf"))])
+def test_a_layer_without_a_loss_is_an_error(losses: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="model.q gets or puts out NaN or infinity .* load it with dtype='bfloat16' or dtype='float32'"):
+        layer("model.q", *losses)
+
+
 def test_saving_again_replaces_the_file(report: Report, tmp_path: Path) -> None:
     report.save(tmp_path)
     report.layers = report.layers[:1]

@@ -20,8 +20,8 @@ from awq_hf.block import BlockWork
 from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.streaming import InFiles, default_device
+from tests.mixtures import MODELS as EXPERTS
 from tests.test_architectures import ARCHITECTURES
-from tests.test_quantized_experts import MODELS as EXPERTS
 
 XGLM = dict(vocab_size=96, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, max_position_embeddings=128)
 OTHERS = {

@@ -77,6 +77,19 @@ def test_keys_and_values_that_later_blocks_share_are_handed_on(
     assert routers == ["it runs 2 times in its block"] * 4
 
 
+def test_modules_whose_initialization_reaches_for_weights_are_loaded(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Any
+) -> None:
+    """Mamba 2's mixers have parameters of their own beside the Linears that they initialize."""
+    config = transformers.Mamba2Config(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=16, num_heads=8, head_dim=16, n_groups=1
+    )
+    quantized = awq_hf.quantize(random_model(config), small_config(samples=2))
+    quantized.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(prompt).logits, quantized(prompt).logits)
+
+
 def test_overrides_are_stored_and_loaded(
     tiny_llama: Callable[..., Any], small_config: Callable[..., Any], prompt: Tensor, tmp_path: Any
 ) -> None:
@@ -103,6 +116,25 @@ def test_overrides_are_stored_and_loaded(
             "calls albert.encoder.albert_layer_groups.0 2 times for one text",
         ),
         (
+            "AutoModelForCausalLM",
+            transformers.Zamba2Config(
+                **SIZES | {"num_hidden_layers": 4},
+                mamba_ngroups=1,
+                n_mamba_heads=8,
+                mamba_headdim=16,
+                num_mem_blocks=1,
+                layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+            ),
+            r"model\.layers\.3\.shared_transformer\.\S+ is model\.layers\.1\.shared_transformer\.\S+ as well",
+        ),
+        (
+            "AutoModel",
+            transformers.ViTConfig(
+                hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+            ),
+            "ViTModel has no embedding of tokens",
+        ),
+        (
             "AutoModelForSeq2SeqLM",
             transformers.T5Config(vocab_size=96, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16),
             "T5ForConditionalGeneration has an encoder and a decoder",
@@ -113,7 +145,7 @@ def test_overrides_are_stored_and_loaded(
             r"dt_proj: in_features 4 is not divisible by group_size 32(.|\n)*modules_to_not_convert=\['dt_proj', 'x_proj'\]",
         ),
     ],
-    ids=["albert", "t5", "mamba"],
+    ids=["albert", "zamba2", "vit", "t5", "mamba"],
 )
 def test_what_cannot_be_quantized_is_refused_with_its_reason(
     auto: str, config: Any, message: str, random_model: Callable[..., Any], small_config: Callable[..., Any]

@@ -136,7 +136,7 @@ def _carry_on(call: Call, before: Call) -> None:
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The model's arguments for a batch. Encoders know no cache."""
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    device = next((p.device for p in model.parameters() if not p.is_meta), batch.input_ids.device)  # meta: kept elsewhere until it runs
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device),
         "attention_mask": None if batch.mask is None else batch.mask.to(device),
@@ -149,10 +149,10 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 @torch.no_grad()
 def calling_order(
-    model: nn.Module, blocks: nn.ModuleList, batch: Batch, begins: Callable[[int], None], ends: Callable[[int], None]
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, begins: Callable[[int], None], ends: Callable[[int, Any], None]
 ) -> tuple[list[int], Any]:
-    """The numbers of the blocks in the order in which the model calls them, and what it puts out. begins, ends: called before and after
-    each, with its number."""
+    """The numbers of the blocks in the order in which the model calls them, and what it puts out. begins: called before each, with its
+    number; ends: after it, with what it puts out as well."""
     order: list[int] = []
 
     def begin(index: int) -> None:
@@ -160,7 +160,9 @@ def calling_order(
         begins(index)
 
     handles = [block.register_forward_pre_hook(lambda *_, index=index: begin(index)) for index, block in enumerate(blocks)]
-    handles += [block.register_forward_hook(lambda *_, index=index: ends(index)) for index, block in enumerate(blocks)]
+    handles += [
+        block.register_forward_hook(lambda _block, _args, output, index=index: ends(index, output)) for index, block in enumerate(blocks)
+    ]
     try:
         result = model(**model_inputs(model, batch))
     finally:

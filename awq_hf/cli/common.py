@@ -173,11 +173,10 @@ def located(name: str) -> tuple[str, dict[str, Any]]:
 
 def positions_of(given: str, trusted: bool) -> int | None:
     """How many tokens a model takes at once, where its config says so."""
-    from awq_hf.classes import read_config
+    from awq_hf import classes
 
     name, location = located(given)
-    found = getattr(read_config(name, trusted, **location).get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    return classes.positions_of(classes.read_config(name, trusted, **location))
 
 
 def shared_tokenizer(models: list[str], text: Path | None, trusted: bool) -> Any:

@@ -39,16 +39,15 @@ class _Seen:
     source: str | None
     tensor: Tensor
     values: Tensor
-    version: int
 
     @classmethod
     def of(cls, source: str | None, tensor: Tensor) -> _Seen:
-        return cls(source, tensor, tensor.reshape(-1, tensor.shape[-1]).clone(), tensor._version)
+        return cls(source, tensor, tensor.reshape(-1, tensor.shape[-1]).clone())
 
     @property
     def was_kept(self) -> bool:
-        """Whether nothing has been written into it since."""
-        return self.tensor._version == self.version
+        """Whether nothing else has been written into it since."""
+        return torch.equal(self.tensor.reshape(self.values.shape), self.values)
 
 
 def find_residuals(probe: BlockProbe, names: Iterable[str]) -> dict[str, Residual]:

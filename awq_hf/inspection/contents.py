@@ -11,12 +11,12 @@ from torch import nn
 
 from awq_hf.checkpoint import convert_modules, match_tensors
 from awq_hf.config import AwqConfig
-from awq_hf.inspection.forecast import starred
 from awq_hf.inspection.kernel_use import KernelUse, kernel_uses
 from awq_hf.inspection.source import Source, stored_bytes
 from awq_hf.linear import PackedModule, packed_modules
 from awq_hf.model_cards.summary import loss_ratio
 from awq_hf.serving import serving
+from awq_hf.wording import starred
 
 _PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
 

@@ -224,7 +224,7 @@ def measure_speed(device: str, dtype: torch.dtype) -> Speed:
     machine is busy with something else.
     """
     on_cpu = torch.device(device).type == "cpu"
-    small, large = torch.zeros(1, device=device), torch.randn(4096, 1024 if on_cpu else 16384, device=device)
+    small, large = (torch.ones(shape, dtype=torch.float32, device=device) for shape in ((1,), (4096, 1024 if on_cpu else 16384)))
     with one_thread_each() if on_cpu else nullcontext():
         return Speed(
             model_flops=_product_speed(device, dtype),

@@ -16,6 +16,7 @@ import torch
 from awq_hf.blocks import block_signature, experts_of, find_blocks, matrices_of, routers_of
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stream import BlockStream
+from awq_hf.classes import positions_of
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.matrices import as_linear
 from awq_hf.parallel import one_thread_each
@@ -65,8 +66,7 @@ def find_folds(
 
 def _random_batch(model: Any) -> Batch:
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    length = min(PROBE_TOKENS, positions) if positions > 0 else PROBE_TOKENS
+    length = min(PROBE_TOKENS, positions_of(model.config) or PROBE_TOKENS)
     return Batch(torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)), None, held_out=False)
 
 

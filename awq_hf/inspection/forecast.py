@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from awq_hf.blocks import block_signature, experts_of, find_blocks, matrices_of, routers_of
+from awq_hf.classes import positions_of
 from awq_hf.config import AwqConfig
 from awq_hf.experts import FUSED, ExpertWeights, gate_is_linear_in_up
 from awq_hf.inspection import costs
@@ -24,6 +25,7 @@ from awq_hf.preflight import Plan, expert_shapes, make_plan, sort_out
 from awq_hf.recipe import Recipe
 from awq_hf.serving import serving
 from awq_hf.spec import group_sizes_for
+from awq_hf.wording import starred
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def forecast(source: Source, config: AwqConfig, dtype: str, device: str, progres
     program, free = costs.this_program(device), costs.free_memory(device)
     chosen = source.dtype() if dtype == "auto" else getattr(torch, dtype)
     text = source.config.get_text_config()
-    recipe = config.recipe(getattr(text, "max_position_embeddings", None))
+    recipe = config.recipe(positions_of(source.config))
     empty = source.empty_model(chosen)
     plan, misfits = sort_out(empty, recipe)
     found, failed = ({}, {}) if source.directory is None else find_folds(source.directory, empty, plan, chosen, device, progress)
@@ -182,11 +184,6 @@ def _bytes(module: nn.Module) -> int:
 
 def _bits_per_weight(linears: Collection[PackedModule]) -> float:
     return 8 * sum(map(_bytes, linears)) / sum(linear.matrices * linear.in_features * linear.out_features for linear in linears)
-
-
-def starred(name: str) -> str:
-    """A module's name with * for every number, as all blocks have it."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _kinds(model: _Model) -> list[Kind]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from awq_hf.inspection.forecast import starred
 from awq_hf.kernels.dispatch import by_tokens, choose_layout
 from awq_hf.linear import PackedModule
+from awq_hf.wording import starred
 
 
 @dataclass(frozen=True)

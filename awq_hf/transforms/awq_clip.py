@@ -34,7 +34,7 @@ def search_clip(weight: Tensor, H: Tensor, spec: QuantSpec, options: ClipOptions
 
 def _search(weight: Tensor, blocks: Tensor, spec: QuantSpec, options: ClipOptions) -> tuple[Tensor, Tensor]:
     """Scales and zero points [out, groups] for some rows. blocks: of H, [groups, width, width]."""
-    low = high = torch.ones(weight.shape[0], len(blocks), device=weight.device)
+    low = high = weight.new_ones(weight.shape[0], len(blocks))
     best = group_loss(weight, choose_grid(weight, spec), blocks)
     stages = [(True, True, options.shrinks)]
     if not spec.symmetric:  # from there each end alone, inwards and outwards: 2 n + m candidates find what n^2 would

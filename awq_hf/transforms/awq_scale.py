@@ -66,7 +66,7 @@ def search_scales(
     channels; energy, held_energy: E[x^2] of the float input, [in]. loss_of overrides the loss of scales [in]. judges: where the real
     rounding is too slow for all candidates, consumers whose rounding resembles it leave the best few, which these decide between.
     """
-    one = torch.ones(channels, device=channel_map.device)
+    one = energy.new_ones(channels)
     candidates = list(_candidates([weight for weight, _ in consumers], channel_map, channels, energy, options))
     scales = torch.stack([one, *(scales for _, _, scales in candidates)])[:, channel_map]  # [candidates, in]
     identity_loss, *losses = nearest_losses(consumers, scales, energy) if loss_of is None else [loss_of(s) for s in scales]
@@ -125,8 +125,8 @@ def _relative_magnitude(weight: Tensor) -> Tensor:
 
 def _per_producer(values: Tensor, channel_map: Tensor, channels: int) -> Tensor:
     """The mean of the consumer channels that share a producer channel: [in] -> [channels]; 1 where none does."""
-    total = torch.zeros(channels, device=values.device).index_add_(0, channel_map, values)
-    count = torch.zeros(channels, device=values.device).index_add_(0, channel_map, torch.ones_like(values))
+    total = values.new_zeros(channels).index_add_(0, channel_map, values)
+    count = values.new_zeros(channels).index_add_(0, channel_map, torch.ones_like(values))
     return torch.where(count > 0, total / count.clamp(min=1), 1.0)
 
 

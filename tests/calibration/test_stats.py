@@ -165,3 +165,15 @@ def test_what_has_been_read_takes_no_more_tokens() -> None:
     assert torch.equal(found.H, found.H)
     with pytest.raises(RuntimeError, match="have been read"):
         found.add(integers(4, IN))
+
+
+def test_moments_are_mixed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, none = Moments(), Moments(), Moments()
+    x, y = (torch.randn(5, 3, generator=generator) for _ in range(2))
+    a.add(x, x + 1, want_ee=True)
+    b.add(y, y * 2, want_ee=True)
+    mixed = a.mixed(b, 0.25)
+    for name in ("H", "P", "R"):
+        torch.testing.assert_close(getattr(mixed, name), 0.25 * getattr(a, name) + 0.75 * getattr(b, name))
+    assert a.mixed(b, 1.0) is a and torch.equal(none.mixed(b, 0.0).H, b.H)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from awq_hf.linear import PackedModule
 from tests.gpu import gpu
 from tests.gpu.gpu import DEVICE, error
-from tests.test_experts import MODELS
+from tests.mixtures import MODELS
 
 gpu.require()
 pytestmark = pytest.mark.usefixtures("usual_kernels")

@@ -16,8 +16,8 @@ import awq_hf
 from awq_hf.blocks import block_signature
 from awq_hf.headers import read_headers
 from awq_hf.inspection import Forecast, folds, inspect, source
-from awq_hf.inspection.forecast import starred
 from awq_hf.streaming import load_float
+from awq_hf.wording import starred
 
 SIZES = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, pad_token_id=0)
 GLU = dict(SIZES, intermediate_size=96, num_key_value_heads=2)
