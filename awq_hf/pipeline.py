@@ -78,14 +78,16 @@ class BlockLoop:
         self.report = Report(recipe=self.recipe.to_dict(), calibration=_describe(self.windows))
         self.report.left_in_float.update(self.plan.left_in_float)
         self.report.notes += self.windows.notes
-        training = {module: module.training for module in self.model.modules()}
+        training = {
+            name: module.training for name, module in self.model.named_modules()
+        }  # modules themselves would stay with their weights
         self.model.eval()
         try:
             with one_thread_each():
                 self._run_blocks()
         finally:
-            for module in self.model.modules():
-                module.training = training.get(module, training[self.model])  # those that are new as the model
+            for name, module in self.model.named_modules():
+                module.training = training.get(name, training[""])  # those that are new as the model
         self.report.notes += _few_tokens(self.report)
         _close(self.report, began, cpu_began, self.model)
         return self.report
