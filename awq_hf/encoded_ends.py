@@ -18,15 +18,17 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
+from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stats import Moments
-from awq_hf.calibration.stream import inputs_of
+from awq_hf.calibration.stream import BlockStream
 from awq_hf.encoded_layer import Encoded, EncodedLayer, JudgedBlocks, codes_together, decode, encode, judge_blocks, kind_of, prepare
 from awq_hf.exporters.gguf.blocks.steps import KINDS
 from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 from awq_hf.rounding.gptq import Prepared, RoundingFailed
 from awq_hf.spec import EncodedWeight
+from awq_hf.streaming import InMemory
 
 PIECE = 2**24  # weights that are worked on at once: 64 MiB as float32
 
@@ -38,13 +40,17 @@ Progress = Any  # tqdm or a look-alike
 
 
 def encode_ends(
-    model: Any, kinds: Mapping[str, Type], recipe: Recipe, result: Encoded, progress: Progress, batches: Sequence[Batch], report: Report
-) -> None:
+    model: Any, kinds: Mapping[str, Type], recipe: Recipe, result: Encoded, source: InMemory, progress: Progress, batches: Sequence[Batch],
+    report: Report,
+) -> None:  # fmt: skip
     """Encode those of the two that have a type in `kinds`; the model holds the decoded weights from then on."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
     if names.get(head) in kinds:
-        _encode_head(model, names[head], kinds[names[head]], head.weight is embedding.weight, recipe, result, progress, batches, report)
+        stream = BlockStream(model, find_blocks(model)[1], batches)
+        with report.timed("float stream"):
+            stream.run(source.load, source.unload, progress, "the float model")
+        _encode_head(model, names[head], kinds[names[head]], head.weight is embedding.weight, recipe, result, stream, report)
     if names.get(embedding) in kinds:
         with report.timed("encoding"):
             kind, weight = kinds[names[embedding]], embedding.weight.data
@@ -56,13 +62,12 @@ def encode_ends(
 
 
 def _encode_head(
-    model: nn.Module, name: str, kind: Type, tied: bool, recipe: Recipe, result: Encoded, progress: Progress, batches: Sequence[Batch],
-    report: Report,
-) -> None:  # fmt: skip
+    model: nn.Module, name: str, kind: Type, tied: bool, recipe: Recipe, result: Encoded, stream: BlockStream, report: Report
+) -> None:
     head = model.get_submodule(name)
     train, held = Moments(), Moments()
     with report.timed("float stream"):
-        for batch, x in inputs_of(model, head, batches, progress):
+        for batch, x in zip(stream.batches, stream.inputs_of(head), strict=True):
             (held if batch.held_out else train).add(x)
     held = held if held.tokens else train
     importance = result.importance[name] = train.H.diagonal().clone().cpu()

@@ -25,30 +25,37 @@ from awq_hf.expert_block import Specs
 from awq_hf.experts import FUSED
 from awq_hf.exporters.gguf.ggml import row_bytes
 from awq_hf.matrices import as_kind, shape_of
-from awq_hf.pipeline import Progress, run
+from awq_hf.pipeline import BlockLoop, Progress
 from awq_hf.preflight import Plan
 from awq_hf.recipe import Recipe
 from awq_hf.spec import EncodedWeight, QuantSpec
+from awq_hf.streaming import InMemory
 from awq_hf.transforms.awq_scale import Consumer
 
 
 def encode_model(
-    model: nn.Module, kinds: Mapping[str, Type], recipe: Recipe, windows: Windows, progress: Progress | None = None
+    model: nn.Module,
+    kinds: Mapping[str, Type],
+    recipe: Recipe,
+    windows: Windows,
+    progress: Progress | None = None,
+    source: InMemory | None = None,
 ) -> Encoded:
     """Encode matrices of the model: Linears and experts of its decoder blocks, its embedding and its head. The model is left smoothed, with
     the decoded weights in their places.
 
-    kinds: full name -> its type; of experts, the name of their module with each of PARTS behind it. Raises ValueError before any work where
-    a row does not divide into blocks.
+    kinds: full name -> its type; of experts, the name of their module with each of PARTS behind it. source: where the blocks' weights are,
+    if they are not in memory; what is encoded of those is let go of then, block by block. Raises ValueError before any work where a row
+    does not divide into blocks.
     """
     plan = _plan(model, kinds)
-    result = Encoded()
+    result, source = Encoded(), source or InMemory()
 
     def make_work(name: str, *rest: Any) -> EncodingWork:
-        return EncodingWork(name, *rest, kinds=kinds, result=result)
+        return EncodingWork(name, *rest, kinds=kinds, result=result, keep=source.later is None)
 
-    ends = partial(encode_ends, model, kinds, recipe, result, progress)
-    result.report = run(model, recipe, plan, windows, progress, make_work, between=ends)
+    ends = partial(encode_ends, model, kinds, recipe, result, source, progress)
+    result.report = BlockLoop(model, recipe, plan, windows, progress, make_work, source=source, between=ends).run()
     unfinished.end(model)
     return result
 
@@ -86,10 +93,10 @@ def _check_width(name: str, width: int, kind: Type) -> None:
 
 
 class EncodingWork(BlockWork):
-    """One block on its way to GGUF's."""
+    """One block on its way to GGUF's. keep: the decoded weights, when it is done."""
 
-    def __init__(self, name: str, *rest: Any, kinds: Mapping[str, Type], result: Encoded) -> None:
-        self.all_types, self.result = kinds, result
+    def __init__(self, name: str, *rest: Any, kinds: Mapping[str, Type], result: Encoded, keep: bool) -> None:
+        self.all_types, self.result, self.keep = kinds, result, keep
         self.encoded_experts: dict[str, EncodedExperts] = {}
         super().__init__(name, *rest)
         self.types = {inside: kinds[f"{name}.{inside}"] for inside in self.specs}
@@ -153,7 +160,17 @@ class EncodingWork(BlockWork):
         self.report.layers.append(self.layers[name])
 
     def replace(self, call: Call) -> None:
-        """Modules get their classes back; they hold the decoded weights."""
+        """Modules get their classes back; they hold the decoded weights, or none."""
+        if not self.keep:
+            for name in self.layers.keys() & self.linears.keys():
+                _empty(self.linears[name], "weight")
+            for experts in self.experts.values():
+                for parameter in FUSED:
+                    _empty(experts.module, parameter)
         for name, linear in self.linears.items():
             if type(linear) is not self.kinds[name]:
                 self.block.set_submodule(name, as_kind(self.kinds[name], linear.weight.data, linear.bias))
+
+
+def _empty(module: nn.Module, name: str) -> None:
+    module.register_parameter(name, nn.Parameter(module.get_parameter(name).to("meta"), requires_grad=False))

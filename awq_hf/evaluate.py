@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq_hf.block_by_block import BlockByBlock
 from awq_hf.calibration.checks import FEW
 from awq_hf.calibration.data import Batch, Windows, load_windows
 from awq_hf.calibration.stream import model_inputs
@@ -33,7 +34,8 @@ from awq_hf.classes import positions_of
 from awq_hf.wording import option
 
 Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
-Source = nn.Module | Callable[[], nn.Module]
+Model = nn.Module | BlockByBlock
+Source = Model | Callable[[], Model]
 
 CHUNK = 2**21  # logits that are float64 at a time: small enough for a CPU's cache, large enough for a GPU
 REFERENCE = "the reference"
@@ -112,6 +114,9 @@ def evaluate_many(
     Models and the reference are modules, or functions that load one. What a function loads is released before the next is called,
     so that the reference and one model are in memory at a time. The reference's logits would not fit there: it is run again, batch
     by batch, for every model. The text is read and checked before anything is loaded.
+
+    A model may also be one whose blocks run one by one (block_by_block.py): its hidden states before the head are what is in memory, and
+    are computed once.
     """
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
@@ -128,7 +133,7 @@ def evaluate_many(
     results = {}
     for name, source in models.items():
         results[name] = _evaluate(name, _ready(name, source, windows), original, windows, batch_size, progress)
-        if not isinstance(source, nn.Module):
+        if not isinstance(source, Model):
             gc.collect()  # models hold references to themselves
     return results
 
@@ -145,13 +150,14 @@ def check_same_tokens(tokenizers: Mapping[str, Any], texts: Texts, seq_len: int 
             )
 
 
-def _ready(name: str, source: Source, windows: Windows) -> nn.Module:
-    """The module, loaded if need be, and checked to take such windows."""
-    model = source if isinstance(source, nn.Module) else source()
-    if hasattr(model, "get_input_embeddings"):
-        windows.check_token_ids(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    if hasattr(model, "config"):
-        positions = positions_of(model.config)
+def _ready(name: str, source: Source, windows: Windows) -> Model:
+    """The model, loaded if need be, and checked to take such windows."""
+    model = source if isinstance(source, Model) else source()
+    module: Any = _module(model)
+    if hasattr(module, "get_input_embeddings"):
+        windows.check_token_ids(module.get_input_embeddings().weight.shape[0])
+    if hasattr(module, "config"):
+        positions = positions_of(module.config)
         if positions is not None and int(windows.lengths.max()) > positions:
             raise ValueError(
                 f"{name} takes {positions} tokens at once, and windows have {int(windows.lengths.max())}; lower {option('seq_len')}"
@@ -159,18 +165,26 @@ def _ready(name: str, source: Source, windows: Windows) -> nn.Module:
     return model
 
 
-def _evaluate(name: str, model: nn.Module, reference: nn.Module | None, windows: Windows, batch_size: int, progress: Any) -> Evaluation:
+def _module(model: Model) -> nn.Module:
+    return model.model if isinstance(model, BlockByBlock) else model
+
+
+def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows, batch_size: int, progress: Any) -> Evaluation:
     batches = windows.batches(batch_size, hold_out=False)
     sums: list[Tensor] = []  # [figures, windows of the batch], see _compare
     divergences: list[Tensor] = []  # [positions of the batch]
-    first = 0
-    with _in_evaluation_mode(model, reference):
-        for batch in progress(batches, desc=f"Evaluating {name}", unit="batch") if progress else batches:
-            found = _compare(name, model, reference, batch, first)
+    with _in_evaluation_mode(*(_module(each) for each in (model, reference) if each is not None)):
+        for each, called in ((reference, REFERENCE), (model, name)):
+            if isinstance(each, BlockByBlock):
+                each.run(batches, called, progress)
+        numbered = enumerate(progress(batches, desc=f"Evaluating {name}", unit="batch") if progress else batches)
+        for position, batch in numbered:
+            theirs = None if reference is None else _logits(reference, position, batch)  # [windows * seq_len, vocabulary]
+            ours = theirs if theirs is not None and model is reference else _logits(model, position, batch)
+            found = _compare(name, ours, theirs, batch, position * batch_size)
             sums.append(found.sum(2))
             if reference is not None:
                 divergences.append(found[2][_real(batch)])
-            first += len(batch.input_ids)
     loss, *compared = torch.cat(sums, dim=1)  # [windows] each
     positions, predictions = windows.lengths, windows.lengths - 1
     described: dict[str, Any] = dict(
@@ -200,15 +214,13 @@ def _evaluate(name: str, model: nn.Module, reference: nn.Module | None, windows:
     )
 
 
-@torch.no_grad()
-def _compare(name: str, model: nn.Module, reference: nn.Module | None, batch: Batch, first: int) -> Tensor:
+def _compare(name: str, ours: Tensor, theirs: Tensor | None, batch: Batch, first: int) -> Tensor:
     """Figures of every position, float64 [1 or 4, windows, seq_len] on the CPU; 0 at padding.
 
     They are: negative log-likelihood of the next token (0 at the last of a window) of the model, and with a reference: of the
-    reference, KL(reference || model), and 1 where the most likely token is the same. first: the batch's first window, for messages.
+    reference, KL(reference || model), and 1 where the most likely token is the same. ours, theirs: logits of the model and of the
+    reference, [windows * seq_len, vocabulary]; first: the batch's first window, for messages.
     """
-    theirs = None if reference is None else _logits(reference, batch)  # [windows * seq_len, vocabulary]
-    ours = theirs if theirs is not None and model is reference else _logits(model, batch)
     if theirs is not None and theirs.shape[1] != ours.shape[1]:
         raise ValueError(
             f"{name} computes logits for {ours.shape[1]} tokens and the reference for {theirs.shape[1]}: they can be compared only with "
@@ -233,7 +245,10 @@ def _compare(name: str, model: nn.Module, reference: nn.Module | None, batch: Ba
     return found.view(-1, *real.shape)
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+@torch.no_grad()
+def _logits(model: Model, position: int, batch: Batch) -> Tensor:
+    if isinstance(model, BlockByBlock):
+        return model.logits(position, batch)
     logits: Tensor = model(**model_inputs(model, batch)).logits
     return logits.flatten(0, 1)
 
@@ -259,9 +274,9 @@ def _real(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _in_evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
+def _in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """No dropout; every module gets its own mode back."""
-    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    modes = [(module, module.training) for model in models for module in model.modules()]
     for module, _ in modes:
         module.training = False
     try:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer
-from transformers.quantizers.base import HfQuantizer
 
 from awq_hf import base_model, compat, renaming, unfinished
 from awq_hf.beside import load_beside, remember_place
@@ -32,16 +31,15 @@ from awq_hf.prepare import prepare_kernels
 from awq_hf.recipe import Recipe
 from awq_hf.serving import serving_notes
 from awq_hf.skip_list import caveats, skip_list
-from awq_hf.streaming import InFiles, Placement, default_device
+from awq_hf.streaming import LeavesBlocks
 from awq_hf.wording import option
 
 logger = logging.getLogger("awq_hf")
 
 
-class AwqHfQuantizer(HfQuantizer):
+class AwqHfQuantizer(LeavesBlocks):
     """Order of the hooks in from_pretrained: before (empty model on the meta device), weights loaded, after."""
 
-    requires_calibration = False
     quantization_config: AwqConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -50,23 +48,18 @@ class AwqHfQuantizer(HfQuantizer):
         self.windows: Windows | None = None
         self.recipe: Recipe | None = None
         self.loading: Loading | None = None  # of a quantized checkpoint, between the two hooks
-        self.placement: Placement | None = None  # of from_pretrained, which loads by it
-        self.source: InFiles | None = None  # of weights that are loaded block by block
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Of a model that is to be quantized, a map of one device, which stays ours: loading looks into it again and again."""
+        """Of a model that is to be quantized, a map of one device."""
         if self.pre_quantized:
             return device_map
-        if not isinstance(device_map, dict):
-            device_map = {"": torch.device("cpu") if device_map is None else default_device()}  # "auto", or another way to spread
-        devices = set(device_map.values())
-        if len(devices) > 1 or "disk" in devices:
+        placement = self.place(device_map)
+        if placement is None:
             raise ValueError(
-                f"{option('device_map')} spreads the model over {sorted(map(str, devices))}; it is quantized on one device: "
-                f"use {option('device_map', 'cpu')} or {option('device_map', 'cuda:0')}"
+                f"{option('device_map')} spreads the model over {sorted({str(device) for device in device_map.values()})}; it is quantized "
+                f"on one device: use {option('device_map', 'cpu')} or {option('device_map', 'cuda:0')}"
             )
-        self.placement = {"": devices.pop()}
-        return self.placement
+        return placement
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
         config, files = self.quantization_config, checkpoint_files or []
@@ -86,8 +79,7 @@ class AwqHfQuantizer(HfQuantizer):
             check_float_keys(model, info)
 
         compat.when_loaded(model, loaded)
-        if self.placement is not None and files and all(file.endswith(".safetensors") for file in files):
-            self.source = InFiles(model, files, self.placement)
+        self.leave_blocks(model, files)
 
     def prepare(self, model: Any) -> None:
         """Everything that can fail without the weights: shapes, calibration data."""
@@ -131,13 +123,8 @@ class AwqHfQuantizer(HfQuantizer):
         self.loading = None
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused.
-
-        transformers passes the model from 5.21 on.
-        """
+        """How the loader brings tensors into parameters: with quantized experts, which come one by one and are fused."""
         conversions = super().update_weight_conversions(weight_conversions, *model)
-        if self.source is not None:
-            self.source.conversions = conversions
         return [*conversions, *renaming.packed_conversions(conversions)] if self.pre_quantized else conversions
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from awq_hf import base_model
 from awq_hf.affine import choose_grid, fake_quantize
+from awq_hf.block_by_block import BlockByBlock
 from awq_hf.calibration.data import load_windows
 from awq_hf.classes import class_for, loaded_whole, positions_of, read_config
 from awq_hf.compat import Conv1D
@@ -28,6 +29,7 @@ from awq_hf.linear import PackedModule, packed_modules
 from awq_hf.machine import machine, versions
 from awq_hf.output import check_writable, write_whole
 from awq_hf.spec import QuantSpec
+from awq_hf.streaming import load_float
 
 EVALUATION_NAME = "evaluation.json"
 ORIGINAL, PLAIN, OURS = "original", "plain rounding", "awq-hf"  # rows that are no files
@@ -58,7 +60,8 @@ def measure(
     with the package. Rows: the original; plain rounding of its weights, computed here, of just the Linears that were quantized, as they
     are stored; the checkpoint; each GGUF file, as transformers reads it, in float32 (another file is left out, and a warning says why).
     trust_remote_code: run code that comes with the original, and so with the checkpoint.
-    In memory are the original and one other model at a time. Raises ValueError as `evaluate` does, before a model is loaded.
+    In memory are hidden states of the original, a block of it or of its plain rounding (where files are safetensors, and all goes to one
+    device), and one other model at a time. Raises ValueError as `evaluate` does, before a model is loaded.
     """
     folder, where = Path(directory), dict(location or {})
     check_writable(folder)
@@ -71,34 +74,39 @@ def measure(
 
     load_windows(texts, tokenizer, width, role="evaluation")  # what is wrong with it is said before a model is loaded
 
-    def load() -> Any:
-        return kind.from_pretrained(original, **where, **options)
+    def load(change: Any = None) -> BlockByBlock:
+        return BlockByBlock(*load_float(kind, original, **where, **options), change)
 
     def row(name: str, source: Any) -> dict[str, Any]:
         return evaluate_many({name: source}, reference, texts, tokenizer, width, max_tokens, batch_size, progress)[name].to_dict()
 
     found = _Found()
-    reference: Any = load()
+    reference = load()
+    float_model = reference.model
     about = dict(runtime="transformers")
-    sizes = dict(weights_bytes=weights_bytes(original, where), bits_per_weight=bits_per_weight(reference))
+    sizes = dict(weights_bytes=weights_bytes(original, where), bits_per_weight=bits_per_weight(float_model))
     rows = [{"name": ORIGINAL, "files": [], **about, **sizes, **row(ORIGINAL, reference)}]
     ours = row(OURS, lambda: found.keep(kind.from_pretrained(folder, **options)))
-    plain = {"weights_bytes": None, "bits_per_weight": found.bits, **row(PLAIN, lambda: plainly_rounded(load(), found.specs))}
+    plain = {
+        "weights_bytes": None,
+        "bits_per_weight": found.bits,
+        **row(PLAIN, lambda: load(functools.partial(round_plainly, found.specs))),
+    }
     files = [".", *(name for name in SAME_CODES if (folder / name / "config.json").is_file())]
     rows.append({"name": PLAIN, "files": [], **about, **plain})
     rows.append({"name": OURS, "files": files, **about, "weights_bytes": weights_bytes(folder), "bits_per_weight": found.bits, **ours})
     for file in sorted(folder.glob("*.gguf")):
-        figures = _of_gguf(functools.partial(row, file.name), file, kind, reference.config, device_map)
+        figures = _of_gguf(functools.partial(row, file.name), file, kind, float_model.config, device_map)
         if figures is not None:
-            bits = 8 * file.stat().st_size / reference.num_parameters()
+            bits = 8 * file.stat().st_size / float_model.num_parameters()
             about_it = dict(weights_bytes=file.stat().st_size, bits_per_weight=bits)
             rows.append({"name": file.name, "files": [file.name], **about, **about_it, **figures})
-    base = base_model.identify(original, getattr(reference.config, "_commit_hash", None))
+    base = base_model.identify(original, getattr(float_model.config, "_commit_hash", None))
     content = {
         "reference": {"name": base["name"], "revision": base["revision"], "weights_bytes": sizes["weights_bytes"]},
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": versions(),
-        "machine": machine(reference.device),
+        "machine": machine(float_model.get_input_embeddings().weight.device),
         "rows": rows,
     }
     write_whole(folder / EVALUATION_NAME, f"{json.dumps(content, indent=1)}\n".encode())
@@ -118,24 +126,26 @@ class _Found:
 
 
 @torch.no_grad()
-def plainly_rounded(model: nn.Module, specs: Mapping[str, QuantSpec]) -> nn.Module:
-    """The float model with the weights of these modules rounded to the nearest codes, in place; returned.
+def round_plainly(specs: Mapping[str, QuantSpec], inside: str, module: nn.Module) -> None:
+    """Round weights of a float module to the nearest codes, in place. specs: of a whole model, by full names; inside: the module's.
 
     Of experts, which a quantized model has a module for, the float one has a parameter of that name: [experts, out, in].
     """
-    for name, spec in specs.items():
+    for full, spec in specs.items():
+        if not full.startswith(f"{inside}."):
+            continue
+        name = full.removeprefix(f"{inside}.")
         owner, _, part = name.rpartition(".")
-        fused = model.get_submodule(owner)._parameters.get(part)
+        fused = module.get_submodule(owner)._parameters.get(part)
         if fused is not None:
             for matrix in fused.data:
                 matrix.copy_(fake_quantize(matrix.float(), choose_grid(matrix.float(), spec)))
             continue
-        module = model.get_submodule(name)
-        weight = module.get_parameter("weight").data
-        matrix = (weight.T if isinstance(module, Conv1D) else weight).float().contiguous()  # [out, in]
+        linear = module.get_submodule(name)
+        weight = linear.get_parameter("weight").data
+        matrix = (weight.T if isinstance(linear, Conv1D) else weight).float().contiguous()  # [out, in]
         rounded = fake_quantize(matrix, choose_grid(matrix, spec))
-        weight.copy_(rounded.T if isinstance(module, Conv1D) else rounded)
-    return model
+        weight.copy_(rounded.T if isinstance(linear, Conv1D) else rounded)
 
 
 def bits_per_weight(model: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,108 +50,112 @@ def quantize_model(
     plan = make_plan(model, recipe)
     about = {"recipe": recipe.to_dict(), "calibration": _describe(windows), "versions": versions(), "model": type(model).__name__}
     kept = None if keep_in is None else KeptBlocks(keep_in, about)
-    return run(model, recipe, plan, windows, progress, kept=kept, source=source)
+    return BlockLoop(model, recipe, plan, windows, progress, kept=kept, source=source or InMemory()).run()
 
 
-def run(
-    model: nn.Module,
-    recipe: Recipe,
-    plan: Plan,
-    windows: Windows,
-    progress: Progress | None,
-    make_work: MakeWork = BlockWork,
-    kept: KeptBlocks | None = None,
-    source: InMemory | None = None,
-    between: Callable[[Sequence[Batch], Report], None] | None = None,
-) -> Report:
-    """Do the work on every block, and say what happened. make_work: BlockWork, or what does something else with a block. between: is called
-    with the float model, whose embedding has been read for the float stream, and not yet for the quantized one.
+@dataclass
+class BlockLoop:
+    """The work on all blocks of a model. make_work: BlockWork, or what does something else with a block. kept: finished blocks of an
+    earlier run. source: where the blocks' weights are. between: is called with the float model, whose embedding has been read for the float
+    stream, and not yet for the quantized one.
 
-    Who calls this says that the model is whole again (awq_hf/unfinished.py), when all that belongs to it is done.
+    Who runs this says that the model is whole again (awq_hf/unfinished.py), when all that belongs to it is done.
     """
-    began, cpu_began = time.perf_counter(), time.process_time()
-    report = Report(recipe=recipe.to_dict(), calibration=_describe(windows))
-    report.left_in_float.update(plan.left_in_float)
-    report.notes += windows.notes
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with one_thread_each():
-            _run_blocks(model, recipe, plan, windows, report, progress, make_work, kept, source or InMemory(), between)
-    finally:
-        for module in model.modules():
-            module.training = training.get(module, training[model])  # those that are new as the model
-    report.notes += _few_tokens(report)
-    _close(report, began, cpu_began, model)
-    return report
 
+    model: nn.Module
+    recipe: Recipe
+    plan: Plan
+    windows: Windows
+    progress: Progress | None = None
+    make_work: MakeWork = BlockWork
+    kept: KeptBlocks | None = None
+    source: InMemory = field(default_factory=InMemory)
+    between: Callable[[Sequence[Batch], Report], None] | None = None
 
-def _run_blocks(
-    model: nn.Module,
-    recipe: Recipe,
-    plan: Plan,
-    windows: Windows,
-    report: Report,
-    progress: Progress | None,
-    make_work: MakeWork,
-    kept: KeptBlocks | None,
-    source: InMemory,
-    between: Callable[[Sequence[Batch], Report], None] | None,
-) -> None:
-    prefix, blocks = find_blocks(model)
-    batches = windows.batches(recipe.batch_size)
-    probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
-    _look_through(model, plan, prefix, blocks, probe_batch[0], source)
-    probe_stream, float_stream = BlockStream(model, blocks, probe_batch), BlockStream(model, blocks, batches)
-    quantized_stream = float_stream.fork()
-    known_folds: dict[Any, Any] = {}
-    unfinished.begin(model)
-    bar: Any = progress(range(len(blocks)), desc="Quantizing", unit="block") if progress else range(len(blocks))
-    for index in bar:
-        source.load(index)
-        digest = "" if kept is None else digest_of(blocks[index])
-        work = make_work(f"{prefix}.{index}", blocks[index], recipe, plan.specs, batches, report, plan.experts)
+    def run(self) -> Report:
+        """Do the work, and say what happened."""
+        began, cpu_began = time.perf_counter(), time.process_time()
+        self.report = Report(recipe=self.recipe.to_dict(), calibration=_describe(self.windows))
+        self.report.left_in_float.update(self.plan.left_in_float)
+        self.report.notes += self.windows.notes
+        training = {name: module.training for name, module in self.model.named_modules()}  # by name: modules hold weights
+        self.model.eval()
+        try:
+            with one_thread_each():
+                self._run_blocks()
+        finally:
+            for name, module in self.model.named_modules():
+                module.training = training.get(name, training[""])
+        self.report.notes += _few_tokens(self.report)
+        _close(self.report, began, cpu_began, self.model)
+        return self.report
+
+    def _run_blocks(self) -> None:
+        windows = self.windows
+        self.prefix, self.blocks = find_blocks(self.model)
+        self.batches = windows.batches(self.recipe.batch_size)
+        probe_batch = Windows(windows.input_ids[:1, :PROBE_TOKENS], windows.lengths[:1].clamp(max=PROBE_TOKENS), "").batches(1, False)
+        self._look_through(probe_batch[0])
+        self.probe_stream = BlockStream(self.model, self.blocks, probe_batch)
+        self.float_stream = BlockStream(self.model, self.blocks, self.batches)
+        self.quantized_stream = self.float_stream.fork()
+        self.known_folds: dict[Any, Any] = {}
+        unfinished.begin(self.model)
+        numbers = range(len(self.blocks))
+        bar: Any = self.progress(numbers, desc="Quantizing", unit="block") if self.progress else numbers
+        for index in bar:
+            work = self._run_block(index)
+            if self.progress:
+                bar.set_postfix_str(work.loss_line())
+            large = sum(layer.experts * layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE
+            del work  # with the float weights, and what it captured
+            if large:
+                give_back()
+
+    def _look_through(self, batch: Batch) -> None:
+        """Run the float model once, and raise ValueError for what would end the work in its middle: weights, what is computed with them, or
+        the order of the blocks."""
+
+        def begin(index: int) -> None:
+            self.source.load(index)
+            check_weights(self.model, self.plan, f"{self.prefix}.{index}")
+
+        def end(index: int, output: Any) -> None:
+            self.source.unload(index)
+            check_hidden_states(output, f"{self.prefix}.{index}")
+
+        check_in_memory(self.model, self.source.later)
+        order, _ = calling_order(self.model, self.blocks, batch, begin, end)
+        check_calls(order, self.prefix, self.blocks)
+
+    def _run_block(self, index: int) -> BlockWork:
+        recipe, report, kept = self.recipe, self.report, self.kept
+        self.source.load(index)
+        digest = "" if kept is None else digest_of(self.blocks[index])
+        work = self.make_work(
+            f"{self.prefix}.{index}", self.blocks[index], recipe, self.plan.specs, self.batches, report, self.plan.experts
+        )
         with report.timed("fold discovery"):
-            probe_calls = probe_stream.calls(index)
-            work.discover_folds(probe_calls[0], known_folds)
-            probe_stream.advance(index, probe_calls)
+            probe_calls = self.probe_stream.calls(index)
+            work.discover_folds(probe_calls[0], self.known_folds)
+            self.probe_stream.advance(index, probe_calls)
         with report.timed("float stream"):
-            float_calls = float_stream.calls(index)
-        if index == 0 and between is not None:
-            between(batches, report)
+            float_calls = self.float_stream.calls(index)
+        if index == 0 and self.between is not None:
+            self.between(self.batches, report)
         with report.timed("float stream"):
-            quantized_calls = quantized_stream.calls(index) if recipe.stream == "quantized" else []
-            float_stream.outputs = work.run_float(float_calls)
+            quantized_calls = self.quantized_stream.calls(index) if recipe.stream == "quantized" else []
+            self.float_stream.outputs = work.run_float(float_calls)
         if kept is not None and kept.restore(index, digest, work, report):
-            quantized_stream.outputs = run_again(work, quantized_calls)
+            self.quantized_stream.outputs = run_again(work, quantized_calls)
         else:
             work.choose_scales()
-            quantized_stream.outputs = work.round_groups(quantized_calls)
+            self.quantized_stream.outputs = work.round_groups(quantized_calls)
             if kept is not None:
                 kept.save(index, digest, work, report)
         with report.timed("packing"):
             work.replace(probe_calls[0])
-        if progress:
-            bar.set_postfix_str(work.loss_line())
-        if sum(layer.experts * layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE:
-            del work  # with what it captured
-            give_back()
-
-
-def _look_through(model: nn.Module, plan: Plan, prefix: str, blocks: nn.ModuleList, batch: Batch, source: InMemory) -> None:
-    """Run the float model once, and raise ValueError for what would end the work in its middle: weights, what is computed with them, or
-    the order of the blocks."""
-
-    def begin(index: int) -> None:
-        source.load(index)
-        check_weights(model, plan, f"{prefix}.{index}")
-
-    def end(index: int, output: Any) -> None:
-        source.unload(index)
-        check_hidden_states(output, f"{prefix}.{index}")
-
-    check_in_memory(model, source.later)
-    check_calls(calling_order(model, blocks, batch, begin, end), prefix, blocks)
+        return work
 
 
 def _few_tokens(report: Report) -> list[str]:

@@ -1,5 +1,5 @@
-"""Float weights of the blocks that stay in the checkpoint's files until their turn: a model is quantized in the memory of its quantized
-form and one block.
+"""Float weights of the blocks that stay in the checkpoint's files until their turn: a model is quantized, or run, in the memory of what it
+becomes and one block.
 
 from_pretrained is led to put the blocks' tensors on the meta device: names, shapes and conversions are checked as always, and nothing of
 them is read. Each block is then loaded by transformers' own loader when it is needed. What is not its documented interface, like
@@ -18,7 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from awq_hf.blocks import find_blocks
 from awq_hf.renaming import resolver
@@ -32,10 +35,10 @@ class InMemory:
     later: str | None = None
 
     def load(self, index: int) -> None:
-        """Have the weights of block `index` in memory."""
+        """Have the weights of block `index` in memory; those that are there stay as they are."""
 
     def unload(self, index: int) -> None:
-        """Undo `load`, for a block that has not been changed."""
+        """Undo the last `load` of a block whose modules are still the same: changes are lost."""
 
 
 class InFiles(InMemory):
@@ -50,12 +53,14 @@ class InFiles(InMemory):
         self.files = list(files)
         self.conversions: Sequence[Any] = []  # of names and tensors, that the loader applies
         self._keys: list[dict[str, str]] | None = None
-        self._empty: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+        self._empty: dict[int, list[tuple[str, str, Tensor]]] = {}  # by names: modules would keep what is put into them later
         placement[f"{self.prefix}."] = "meta"
         _when_read(model, lambda: placement.pop(f"{self.prefix}."))
 
     def load(self, index: int) -> None:
         self._empty[index] = list(_on_meta(self.blocks[index]))
+        if not self._empty[index]:
+            return
         used = self.model._weight_conversions  # by the whole checkpoint; saving reverts them
         with ExitStack() as opened, _quietly():
             files = {path: opened.enter_context(safe_open(path, framework="pt", backend="pread")) for path in set(self._of(index).values())}
@@ -68,7 +73,7 @@ class InFiles(InMemory):
 
     def unload(self, index: int) -> None:
         for module, name, tensor in self._empty.pop(index):
-            setattr(module, name, tensor)
+            setattr(self.blocks[index].get_submodule(module), name, tensor)
 
     def _of(self, index: int) -> dict[str, str]:
         """The tensors of a block, by their names in the checkpoint -> the file that each is in."""
@@ -84,12 +89,12 @@ class InFiles(InMemory):
         return self._keys[index]
 
 
-def _on_meta(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(Module, name in it, tensor) of all that is not in memory."""
-    for module in block.modules():
+def _on_meta(block: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(Name of a module, name in it, tensor) of all that is not in memory."""
+    for place, module in block.named_modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.is_meta:
-                yield module, name, tensor
+                yield place, name, tensor
 
 
 def _when_read(model: Any, action: Any) -> None:
@@ -120,3 +125,75 @@ def default_device() -> torch.device:
     """What device_map="auto" comes to for a model that is quantized: the first accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
+
+
+class LeavesBlocks(HfQuantizer):
+    """Hooks of from_pretrained that leave the blocks in their files. placement: what it loads by; source: the blocks, once there is a
+    model."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.placement: Placement | None = None
+        self.source: InFiles | None = None
+
+    def place(self, device_map: Any) -> Placement | None:
+        """A map of one device, which stays ours: loading looks into it again and again. None for one that spreads the model."""
+        if not isinstance(device_map, dict):
+            device_map = {"": torch.device("cpu") if device_map is None else default_device()}  # "auto", or another way to spread
+        devices = set(device_map.values())
+        if len(devices) == 1 and "disk" not in devices:
+            self.placement = {"": devices.pop()}
+        return self.placement
+
+    def leave_blocks(self, model: Any, files: Sequence[str]) -> None:
+        """Before weights are loaded: where all are in safetensors files, those of the blocks stay there."""
+        if self.placement is not None and files and all(file.endswith(".safetensors") for file in files):
+            self.source = InFiles(model, files, self.placement)
+
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """How the loader brings tensors into parameters. transformers passes the model from 5.21 on."""
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        if self.source is not None:
+            self.source.conversions = conversions
+        return conversions
+
+
+_METHOD = "awq_hf_float"  # known to transformers for as long as `load_float` takes
+
+
+class _Float(QuantizationConfigMixin):
+    def __init__(self) -> None:
+        self.quant_method = _METHOD
+
+
+class _LeftInFiles(LeavesBlocks):
+    """No quantizer: the model stays float."""
+
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return self.place(device_map) or device_map
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_kwargs: Any) -> None:
+        try:
+            self.leave_blocks(model, checkpoint_files or [])
+        except ValueError:  # it has no blocks
+            return
+
+
+def load_float(kind: Any, name: Any, **options: Any) -> tuple[Any, InMemory]:
+    """kind.from_pretrained(name, **options) of a float model, and where its blocks' weights are: in their files, if those are safetensors
+    and the model goes to one device."""
+    auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _LeftInFiles
+    try:
+        model = kind.from_pretrained(name, quantization_config=_Float(), **options)
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING.pop(_METHOD, None)
+    quantizer = model.hf_quantizer
+    quantizer.remove_quantization_config(model)
+    return model, quantizer.source or InMemory()

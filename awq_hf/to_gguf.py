@@ -37,6 +37,7 @@ from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.pipeline import Progress
 from awq_hf.report import Report
 from awq_hf.sensitivity import candidates, measure
+from awq_hf.streaming import InMemory, load_float
 from awq_hf.wording import option
 
 MEASURED_WINDOWS = 16  # of the calibration's, whose gradients say how much a Linear matters
@@ -168,7 +169,7 @@ class _Search:
         self, types: dict[str, Type], path: Any, wanted: str, target_bpw: float | None, save_imatrix: Any, options: dict[str, Any]
     ) -> GgufExport:
         self.config.tokenizer = self.config.tokenizer or options.get("tokenizer")
-        model = self._load()
+        model, source = self._load(whole=target_bpw is not None)
         recipe = self.config.recipe(positions_of(model.config))
         windows = calibration_windows(model, self.config, recipe)
         names = _matrices(model, self.plan, types)
@@ -176,26 +177,31 @@ class _Search:
         if target_bpw is not None:
             types, wanted = self._within(target_bpw, types, model, windows, names), AUTO
         kinds = {found.name: types[self.plan.places[name].target] for name, found in names.items()}
-        encoded = encode_model(model, kinds, recipe, windows, self.progress)
+        encoded = encode_model(model, kinds, recipe, windows, self.progress, source)
         names = {name: found for name, found in names.items() if found.full in encoded.weights}  # not those that run twice in a block
         weights = {name: encoded.weights[found.full] for name, found in names.items()}
         assert encoded.report is not None
         encoded.report.notes += _alone(self.plan, types, names)
-        files = export(open_checkpoint(model), path, type=wanted, encoded=weights, types=types, **options)
+        files = export(open_checkpoint(model, known=weights), path, type=wanted, encoded=weights, types=types, **options)
         if save_imatrix is not None:
             targets = {found.name: self.plan.places[name].target for name, found in names.items() if found.name in encoded.importance}
             entries = {target: _entry(encoded, name, windows.tokens) for name, target in targets.items()}
             write_imatrix(save_imatrix, Imatrix(entries, (windows.source,), len(windows.input_ids), recipe.seq_len))
         return GgufExport(files, types, encoded.report)
 
-    def _load(self) -> Any:
+    def _load(self, whole: bool) -> tuple[Any, InMemory]:
+        """The model, and where its blocks' weights are: in memory, if `whole`."""
         if isinstance(self.source, PreTrainedModel):
-            return copy.deepcopy(self.source)
+            return copy.deepcopy(self.source), InMemory()
         kind = class_of(self.checkpoint.config.architectures)
-        model = kind.from_pretrained(self.source, dtype="auto", device_map=self.device, **self.location)
+        options = dict(dtype="auto", device_map=self.device, **self.location)
+        if whole:
+            model, source = kind.from_pretrained(self.source, **options), InMemory()
+        else:
+            model, source = load_float(kind, self.source, **options)
         if self.checkpoint.directory is not None:
             remember_place(model, [str(self.checkpoint.directory / "config.json")])  # the tokenizer is of the same
-        return model
+        return model, source
 
     def _within(
         self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, Matrix]

@@ -107,10 +107,10 @@ def main() -> None:
     plain: dict[tuple[int, int], float] = {}
     for name in dict.fromkeys([PLAIN, *options.only]):
         variant = VARIANTS[name]
-        run = functools.partial(pipeline.run, make_work=ModuleOutputWork if "module-output" in name else BlockWork)
+        loop = functools.partial(pipeline.BlockLoop, make_work=ModuleOutputWork if "module-output" in name else BlockWork)
         row: dict[str, Any] = {"variant": name}
         for bits, group_size in cases:
-            with mock.patch.object(pipeline, "run", run):
+            with mock.patch.object(pipeline, "BlockLoop", loop):
                 model = subject.load(subject.config(bits=bits, group_size=group_size, **variant))
             kl = subject.measure(model, original).kl
             assert kl is not None

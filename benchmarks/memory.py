@@ -2,7 +2,8 @@
 
 python -m benchmarks.memory                     a random Llama of 1B shape, 4 of its 16 blocks, 32 x 512 tokens
 python -m benchmarks.memory --blocks 16         all of it
-python -m benchmarks.memory --weights           plain rounding, from files and of a model that was loaded whole: what weights alone take
+python -m benchmarks.memory --weights           many small blocks, rounded plainly, so that weights are what there is: of a model that was
+                                                loaded whole, and from files; for GGUF; measuring
 
 The model is written to a temporary directory first and loaded in a process of its own, whose memory is sampled. "Above Python" is the
 peak of a phase less what Python and the libraries take.
@@ -12,17 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from awq_hf import demo
 from benchmarks.common import publish, quiet
 
 SHAPE = dict(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8)
@@ -50,14 +54,10 @@ class Sampler(threading.Thread):
             time.sleep(0.005)
 
 
-def measure(directory: str, windows: int, plain: bool, loaded: bool) -> None:
-    """In the child process: quantize, and print what was seen as JSON. plain: round plainly; loaded: load the float model before."""
+def measure(directory: str, windows: int, step: str) -> None:
+    """In the child process: take one of STEPS, and print what was seen as JSON."""
     from contextlib import contextmanager
 
-    from transformers import AutoModelForCausalLM
-
-    import awq_hf
-    from awq_hf import AwqConfig
     from awq_hf.report import Report
 
     quiet()
@@ -75,14 +75,58 @@ def measure(directory: str, windows: int, plain: bool, loaded: bool) -> None:
     setattr(Report, "timed", sampled)  # noqa: B010
     start = resident()
     sampler.start()
-    tokens = [torch.randint(MANY["vocab_size"], (SEQ_LEN,), generator=torch.Generator().manual_seed(i)) for i in range(windows)]
-    config = (AwqConfig.plain_rounding if plain else AwqConfig)(calibration=tokens, samples=windows, seq_len=SEQ_LEN)
-    if loaded:
-        model = awq_hf.quantize(AutoModelForCausalLM.from_pretrained(directory), config)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
-    found = {"start": start, "end": resident(), "peaks": sampler.peaks, "seconds": model.awq_report.seconds}
+    kept = STEPS[step](directory, windows)
+    found = {"start": start, "end": resident(), "peaks": sampler.peaks}
     print(json.dumps(found))
+    if hasattr(kept, "save_pretrained"):
+        kept.save_pretrained(f"{directory}/{OUT}")
+
+
+def options_of(windows: int) -> dict[str, Any]:
+    tokens = [torch.randint(MANY["vocab_size"], (SEQ_LEN,), generator=torch.Generator().manual_seed(i)) for i in range(windows)]
+    return dict(calibration=tokens, samples=windows, seq_len=SEQ_LEN)
+
+
+def quantize(directory: str, windows: int, make: Any = None) -> Any:
+    from awq_hf import AwqConfig
+
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=(make or AwqConfig)(**options_of(windows)))
+
+
+def round_plainly(directory: str, windows: int) -> Any:
+    from awq_hf import AwqConfig
+
+    return quantize(directory, windows, AwqConfig.plain_rounding)
+
+
+def round_loaded(directory: str, windows: int) -> Any:
+    import awq_hf
+
+    return awq_hf.quantize(AutoModelForCausalLM.from_pretrained(directory), awq_hf.AwqConfig.plain_rounding(**options_of(windows)))
+
+
+def search_for_gguf(directory: str, windows: int) -> None:
+    from awq_hf import AwqConfig
+    from awq_hf.to_gguf import to_gguf
+
+    config = AwqConfig(**options_of(windows), scale=False, correction=False, rounding="nearest")
+    to_gguf(directory, f"{directory}/model.gguf", type="Q4_0", config=config, progress=False)
+
+
+def compare(directory: str, _windows: int) -> None:
+    from awq_hf.measure import measure
+
+    measure(f"{directory}/{OUT}", directory, max_tokens=4 * SEQ_LEN, batch_size=1)
+
+
+OUT = "awq"
+STEPS: dict[str, Callable[[str, int], Any]] = {
+    "the search": quantize,
+    "plain rounding, loaded whole before": round_loaded,
+    "plain rounding, from files": round_plainly,
+    "for GGUF (Q4_0), from files": search_for_gguf,
+    "measuring, a window at a time": compare,
+}
 
 
 def terms(config: LlamaConfig, windows: int) -> dict[str, int]:
@@ -100,8 +144,8 @@ def terms(config: LlamaConfig, windows: int) -> dict[str, int]:
     }
 
 
-def in_child(directory: str, windows: int, *flags: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.memory", "--child", directory, "--windows", str(windows), *flags]
+def in_child(directory: str, windows: int, step: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", directory, "--windows", str(windows), "--step", step]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     return found
 
@@ -109,11 +153,14 @@ def in_child(directory: str, windows: int, *flags: str) -> dict[str, Any]:
 def weights_alone(directory: str, size: int) -> None:
     """Where the float weights are makes the difference; many small blocks and two windows, so that statistics and activations do not."""
     rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}]
-    for how, flags in (("blocks from files", ()), ("loaded whole before", ("--loaded",))):
-        found = in_child(directory, 2, "--weights", *flags)
-        rows.append({"part": f"above Python, at the peak: {how}", "MB": (max(found["peaks"].values()) - found["start"]) / 1e6})
-        rows.append({"part": f"above Python, at the end: {how}", "MB": (found["end"] - found["start"]) / 1e6})
-    publish("memory_weights", f"memory of rounding 24 blocks of width 1024 plainly, 2 x {SEQ_LEN} tokens", rows)
+    for path in demo.MODEL.glob("tokenizer*"):  # its 1,024 tokens and no names for the others
+        shutil.copy(path, directory)
+    for step in list(STEPS)[1:]:
+        found = in_child(directory, 2, step)
+        rows.append({"part": f"above Python, at the peak: {step}", "MB": (max(found["peaks"].values()) - found["start"]) / 1e6})
+        rows.append({"part": f"above Python, at the end: {step}", "MB": (found["end"] - found["start"]) / 1e6})
+        print(rows[-2:], flush=True)
+    publish("memory_weights", f"memory of 24 blocks of width 1024, 2 x {SEQ_LEN} tokens", rows)
 
 
 def main() -> None:
@@ -122,11 +169,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--weights", action="store_true")
     parser.add_argument("--child", metavar="DIRECTORY", help=argparse.SUPPRESS)
-    parser.add_argument("--loaded", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=STEPS, default=next(iter(STEPS)), help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet()
     if options.child:
-        measure(options.child, options.windows, options.weights, options.loaded)
+        measure(options.child, options.windows, options.step)
         return
     torch.manual_seed(0)
     shape, blocks = (MANY, 24) if options.weights else (SHAPE, options.blocks)
@@ -139,7 +186,7 @@ def main() -> None:
         if options.weights:
             weights_alone(directory, size)
             return
-        found = in_child(directory, options.windows)
+        found = in_child(directory, options.windows, next(iter(STEPS)))
     rows: list[dict[str, Any]] = [{"part": "float model", "MB": size / 1e6}, {"part": "python and libraries", "MB": found["start"] / 1e6}]
     rows += [{"part": f"above Python: {name}", "MB": max(0, peak - found["start"]) / 1e6} for name, peak in found["peaks"].items()]
     rows += [{"part": f"computed: {name}", "MB": value / 1e6} for name, value in terms(config, options.windows).items()]

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -118,14 +118,17 @@ class Checkpoint:
         entries += [Entry(name, info.shape, DTYPES[info.dtype]) for name, info in self.headers.items() if name not in parts]
         return sorted(entries, key=lambda entry: _natural(entry.name))
 
-    def items(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
-        """Name (that of the original checkpoint, ending in .weight for quantized matrices as well) and value, sorted by name.
+    def items(self, known: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
+        """Name (that of the original checkpoint, ending in .weight for quantized matrices as well) and value, sorted by name: a Tensor, a
+        QuantizedWeight, or what is in `known`, which is not read.
 
         Layers are sorted by number; biases are items of their own; a head that is tied to the embeddings is none. Scales keep the dtype
         of the file. Raises ValueError naming a tensor that holds NaN or infinity, and for zero points that are no integers.
         """
         for name, _, kind in self.names():
-            if isinstance(kind, QuantSpec):
+            if known is not None and name in known:
+                yield name, known[name]
+            elif isinstance(kind, QuantSpec):
                 yield name, self._quantized(owner := name.removesuffix(".weight"), self.packed[owner])
             else:
                 yield name, self._finite(name)
@@ -171,16 +174,17 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def open_checkpoint(model: str | os.PathLike[str] | PreTrainedModel, **location: Any) -> Checkpoint:
+def open_checkpoint(model: str | os.PathLike[str] | PreTrainedModel, *, known: Collection[str] = (), **location: Any) -> Checkpoint:
     """A model in memory, or the name of a directory or of a Hub repository that holds safetensors; no tensor is read.
 
+    known: names of tensors that nobody will ask it for; those of a model in memory may be somewhere else.
     location: revision, cache_dir, token, local_files_only, for the Hub. Raises ValueError for what cannot be exported, naming the reason.
     """
     compat.check_is_model(model)
     if isinstance(model, PreTrainedModel):
         if location:
             raise TypeError(f"{', '.join(location)}: options for the Hub have no use with a model that is in memory")
-        return _in_memory(model)
+        return _in_memory(model, known)
     directory, label = directory_of(os.fspath(model), location), os.fspath(model)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{label} holds no config.json; give the directory of a model as transformers saves it, or a Hub id")
@@ -224,11 +228,11 @@ def _config(directory: Path, content: dict[str, Any]) -> PreTrainedConfig:
         return PreTrainedConfig.from_dict(copy.deepcopy(content))
 
 
-def _in_memory(model: PreTrainedModel) -> Checkpoint:
+def _in_memory(model: PreTrainedModel, known: Collection[str]) -> Checkpoint:
     check_whole(model)
     label = model.name_or_path or type(model).__name__
     tensors = renaming.state_dict_on_disk(model)
-    if elsewhere := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
+    if elsewhere := sorted(name for name, tensor in tensors.items() if tensor.is_meta and name not in known):
         raise ValueError(f'{elsewhere[0]} of {label} is offloaded; load the model with device_map="cpu", or export its directory')
     headers = {name: TensorInfo(tuple(tensor.shape), _name_of(name, tensor), "memory") for name, tensor in tensors.items()}
     content = compat.config_on_disk(model)

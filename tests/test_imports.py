@@ -54,21 +54,22 @@ ALLOWED = {
     "streaming": "blocks renaming",
     "resume": "affine block calibration linear parallel report",
     "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
-    "encoded_layer encoded_experts encoded_ends",
+    "encoded_layer encoded_experts encoded_ends streaming",
     "encoded_layer": "spec affine calibration exporters layer recipe report rounding transforms",
     "encoded_experts": "spec calibration encoded_layer expert_block experts parallel report transforms",
-    "encoded_ends": "spec calibration encoded_layer exporters recipe report rounding",
+    "encoded_ends": "spec blocks calibration encoded_layer exporters recipe report rounding streaming",
     "sensitivity": "calibration experts exporters matrices",
     "compat": "lora",
     "lora": "linear",
     "renaming": "",
-    "evaluate": "calibration classes",
+    "block_by_block": "blocks calibration streaming",
+    "evaluate": "calibration block_by_block classes",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "beside classes unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers "
     "checkpoint preflight skip_list serving pipeline prepare compat renaming config output streaming",
     "to_gguf": "classes beside blocks calibration pipeline config sensitivity encoding encoded_layer encoded_experts experts exporters "
-    "hf_quantizer compat renaming report",
+    "hf_quantizer compat renaming report streaming",
     "output": "",
     "recipe_file": "config",
     "api": "classes beside unfinished recipe_file config hf_quantizer compat exporters output to_gguf",
@@ -77,12 +78,12 @@ ALLOWED = {
     "skip_list config compat renaming output",
     "model_cards": "headers serving skip_list spec evaluation_table exporters.table",
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
-    "rounding preflight report pipeline linear config model_cards serving",
+    "rounding preflight report pipeline linear config model_cards serving streaming",
     "targets": "classes base_model compat renaming config exporters matrices preflight spec",
-    "measure": "classes base_model spec affine calibration linear compat evaluate machine output",
+    "measure": "classes base_model spec affine calibration linear compat evaluate machine output block_by_block streaming",
     "demo": "measure api config evaluate output report to_gguf",
-    "cli": "classes api push base_model compat config demo evaluate evaluation_table exporters inspection linear matrices measure "
-    "model_cards output preflight recipe_file rounding targets to_gguf",
+    "cli": "classes api push base_model block_by_block compat config demo evaluate evaluation_table exporters inspection linear matrices "
+    "measure model_cards output preflight recipe_file rounding streaming targets to_gguf",
     "__init__": "api compat config evaluate hf_quantizer linear push spec",
 }
 TRANSFORMERS = {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaF
 
 import awq_hf
 from awq_hf import AwqConfig, QuantSpec
-from awq_hf.measure import bits_per_weight, measure, plainly_rounded
+from awq_hf.measure import bits_per_weight, measure, round_plainly
 
 QUICK: dict[str, Any] = dict(samples=4, seq_len=64, rounding="nearest")
 SHORT: dict[str, Any] = dict(seq_len=64, max_tokens=512)
@@ -106,7 +106,8 @@ def test_matrices_that_are_stored_the_other_way_round(random_model: Callable[...
     awq_hf.quantize(exact, AwqConfig.plain_rounding(group_size=32, calibration=[torch.arange(3, 35)], samples=1, seq_len=32))
     names = {name: module.spec for name, module in exact.named_modules() if isinstance(module, awq_hf.AwqLinear)}
     assert len(names) == 4 and set(names.values()) == {QuantSpec(4, 32)}
-    plainly_rounded(model, names)
+    for index, block in enumerate(model.transformer.h):
+        round_plainly(names, f"transformer.h.{index}", block)
     for name, tensor in exact.dequantize().state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
     assert bits_per_weight(model) == 32

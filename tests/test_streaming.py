@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import awq_hf
 from awq_hf.block import BlockWork
-from awq_hf.blocks import find_blocks
+from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.streaming import InFiles, default_device
 from tests.mixtures import MODELS as EXPERTS
@@ -73,11 +75,15 @@ def test_one_block_is_in_memory_at_a_time(
 ) -> None:
     tiny_llama(num_hidden_layers=4).save_pretrained(tmp_path)
     seen: list[list[str]] = []
+    weights: list[weakref.ref[Any]] = []
 
     class Watched(InFiles):
         def load(self, index: int) -> None:
+            gc.collect()
+            assert not any(weight() is not None for weight in weights), "float weights that were there before are kept by something"
             super().load(index)
             note(self.model)
+            weights.extend(weakref.ref(linear.weight) for linear in matrices_of(self.blocks[index]).values())
 
     def note(model: Any) -> None:
         """Of each block: in its file, float, or quantized."""
@@ -88,7 +94,7 @@ def test_one_block_is_in_memory_at_a_time(
         assert all(a != b for a, b in zip(meta, real, strict=True))
         seen.append(["file" if m else "packed" if p else "float" for m, p in zip(meta, packed, strict=True)])
 
-    monkeypatch.setattr("awq_hf.hf_quantizer.InFiles", Watched)
+    monkeypatch.setattr("awq_hf.streaming.InFiles", Watched)
     AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=small_config())
     looked_through = [["float" if i == at else "file" for i in range(4)] for at in range(4)]
     assert seen == looked_through + [["packed" if i < at else "float" if i == at else "file" for i in range(4)] for at in range(4)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch
-from awq_hf.parallel import in_parallel, workers
+from awq_hf.parallel import in_parallel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -71,16 +71,56 @@ class BlockStream:
             recorded.append((args, kwargs))
             raise _Stop
 
+        with self._stubbed(index, position), replaced_forward(self.blocks[index], record), suppress(_Stop):
+            self.model(**model_inputs(self.model, batch))
+        return recorded[0]
+
+    def run(
+        self, begin: Callable[[int], None], end: Callable[[int], None], progress: Callable[..., Any] | None = None, what: str = ""
+    ) -> None:
+        """Run all blocks. begin, end: called before and after each, with its number; what: runs, for the progress bar."""
+        numbers = range(len(self.blocks))
+        for index in progress(numbers, desc=f"Running {what}", unit="block") if progress else numbers:
+            begin(index)
+            self.advance(index, self.calls(index))
+            end(index)
+        self.last = None
+
+    @contextmanager
+    def _stubbed(self, count: int, position: int) -> Iterator[None]:
+        """With the first `count` blocks out of the way: they answer with what the last of them put out for this batch."""
+
         def stub(*_args: Any, **_kwargs: Any) -> Any:
             return self.outputs[position]  # type: ignore[index]
 
         with ExitStack() as replaced:
-            for block in self.blocks[:index]:
+            for block in self.blocks[:count]:
                 replaced.enter_context(replaced_forward(block, stub))
-            replaced.enter_context(replaced_forward(self.blocks[index], record))
-            with suppress(_Stop):
-                self.model(**model_inputs(self.model, batch))
-        return recorded[0]
+            yield
+
+    @torch.no_grad()
+    def result(self, position: int) -> Any:
+        """What the model puts out for a batch, when all blocks have run."""
+        with self._stubbed(len(self.blocks), position):
+            return self.model(**model_inputs(self.model, self.batches[position]))
+
+    def inputs_of(self, module: nn.Module) -> Iterator[Tensor]:
+        """What the model hands to a module that it calls once, behind the blocks, the head: [tokens, in] of each batch, without padding.
+
+        All blocks have run.
+        """
+
+        def stop(x: Tensor) -> None:
+            raise _Stop(x)
+
+        for position, batch in enumerate(self.batches):
+            try:
+                with replaced_forward(module, stop):
+                    self.result(position)
+            except _Stop as stopped:
+                yield batch.real_tokens(stopped.args[0].flatten(0, -2))
+            else:
+                raise RuntimeError(f"the model does not call its {type(module).__name__}")
 
     def advance(self, index: int, calls: Sequence[Call]) -> None:
         """Run block `index` on its calls and keep what it returns."""
@@ -92,29 +132,6 @@ def _carry_on(call: Call, before: Call) -> None:
     for name, value in call[1].items():
         if isinstance(value, MutableMapping) and isinstance(before[1].get(name), Mapping):
             value.update(before[1][name])
-
-
-def inputs_of(
-    model: nn.Module, module: nn.Module, batches: Sequence[Batch], progress: Callable[..., Any] | None = None
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Every batch with what the model hands to a module that it calls once, the head: [tokens, in], without padding."""
-
-    def stop(x: Tensor) -> None:
-        raise _Stop(x)
-
-    def one(batch: Batch) -> Tensor:
-        try:
-            model(**model_inputs(model, batch))
-        except _Stop as stopped:
-            return batch.real_tokens(stopped.args[0].flatten(0, -2))
-        raise RuntimeError(f"the model does not call its {type(module).__name__}")
-
-    step = workers()  # as many as run at once: what they hand over is not kept
-    starts: Any = range(0, len(batches), step)
-    for start in progress(starts, desc="Running the float model", unit="batch", unit_scale=step) if progress else starts:
-        with replaced_forward(module, stop):
-            found = in_parallel(one, batches[start : start + step])
-        yield from zip(batches[start : start + step], found, strict=True)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -133,9 +150,9 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 @torch.no_grad()
 def calling_order(
     model: nn.Module, blocks: nn.ModuleList, batch: Batch, begins: Callable[[int], None], ends: Callable[[int, Any], None]
-) -> list[int]:
-    """The numbers of the blocks in the order in which the model calls them. begins: called before each, with its number; ends: after it,
-    with what it puts out as well."""
+) -> tuple[list[int], Any]:
+    """The numbers of the blocks in the order in which the model calls them, and what it puts out. begins: called before each, with its
+    number; ends: after it, with what it puts out as well."""
     order: list[int] = []
 
     def begin(index: int) -> None:
@@ -147,11 +164,11 @@ def calling_order(
         block.register_forward_hook(lambda _block, _args, output, index=index: ends(index, output)) for index, block in enumerate(blocks)
     ]
     try:
-        model(**model_inputs(model, batch))
+        result = model(**model_inputs(model, batch))
     finally:
         for handle in handles:
             handle.remove()
-    return order
+    return order, result
 
 
 @contextmanager

@@ -79,9 +79,11 @@ def evaluate(
 def _compared(models: list[str], reference: str | None, text: Path | None, options: dict[str, Any], how: dict[str, Any]) -> Any:
     """A row for each model."""
     import awq_hf
+    from awq_hf.block_by_block import BlockByBlock
     from awq_hf.classes import class_for, read_config
     from awq_hf.exporters.reading import PACKAGES, NotReadHere, load_export
     from awq_hf.measure import SEQ_LEN, weights_bytes
+    from awq_hf.streaming import load_float
 
     def load(given: str) -> Any:
         name, location = located(given)
@@ -89,6 +91,9 @@ def _compared(models: list[str], reference: str | None, text: Path | None, optio
         config = read_config(name, trusted, **location)
         kind = class_for(config, trusted)
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method is None:
+            model, source = load_float(kind, name, **location, **options)
+            return model if source.later is None else BlockByBlock(model, source)
         if method in PACKAGES:
             try:
                 return load_export(kind, name, location, **options)

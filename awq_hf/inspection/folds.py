@@ -7,7 +7,6 @@ out, as if those between them were not there: folds are verified for any input t
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from awq_hf.matrices import as_linear
 from awq_hf.parallel import one_thread_each
 from awq_hf.pipeline import PROBE_TOKENS, Progress
 from awq_hf.preflight import Plan
+from awq_hf.streaming import load_float
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ def find_folds(
     prefix, blocks = find_blocks(empty)
     first = {block_signature(block): i for i, block in reversed(list(enumerate(blocks)))}
     signatures = {i: signature for signature, i in sorted(first.items(), key=lambda item: item[1])}
-    model = _load_blocks(directory, type(empty), prefix, signatures, dtype, device)
+    model, source = load_float(type(empty), directory, dtype=dtype, device_map=device)
+    model.eval()
     stream = BlockStream(model, model.get_submodule(prefix), [_random_batch(model)])
     found, failed = {}, {}
     for index, signature in progress(signatures.items(), desc="Looking for folds", unit="block") if progress else signatures.items():
+        source.load(index)
         try:
             with one_thread_each():  # as in a run
                 found[signature] = _probe(stream, index, any(name.startswith(f"{prefix}.{index}.") for name in plan.experts))
@@ -78,24 +80,3 @@ def _probe(stream: BlockStream, index: int, with_experts: bool) -> BlockFolds:
     folds = discover(probe)
     stream.advance(index, calls)
     return BlockFolds(index, probe.groups_run_once(), probe.not_run_once(), folds, time.perf_counter() - began)
-
-
-def _load_blocks(directory: Path, model_class: type[Any], prefix: str, wanted: Collection[int], dtype: torch.dtype, device: str) -> Any:
-    """The model, with all blocks but the wanted ones emptied before loading: transformers never asks for their weights.
-
-    It also never copies a weight on the CPU that keeps its dtype: of the embeddings only the rows that are used are read.
-    """
-
-    class Partial(model_class):
-        _keys_to_ignore_on_load_unexpected = (".*",)
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            blocks: Any = self.get_submodule(prefix)
-            for i, block in enumerate(blocks):
-                if i not in wanted:
-                    for table in (block._modules, block._parameters, block._buffers):
-                        table.clear()
-
-    Partial.__name__ = model_class.__name__  # transformers looks up conversions of weights by it
-    return Partial.from_pretrained(directory, dtype=dtype, device_map=device).eval()

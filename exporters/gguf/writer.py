@@ -59,11 +59,11 @@ def export(
         with layout, _bar(layout.total, progress) as advance:
             for name, tensor in file.extra.items():
                 layout.write(name, 0, encode(tensor, Type.F32), advance)
-            for name, value in checkpoint.items():
+            for name, value in checkpoint.items(encoded):
                 if (place := file.plan.places.get(name)) is not None:
                     shape, kind, columns = file.plan.shapes[place.target], file.types[place.target], (importance or {}).get(place.target)
                     try:
-                        _write_tensor(layout, place, (encoded or {}).get(name, value), shape, kind, columns, advance)
+                        _write_tensor(layout, place, value, shape, kind, columns, advance)
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
                 del value  # before the next is loaded

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch, Windows
-from awq_hf.calibration.stream import BlockStream, capture_inputs, inputs_of
+from awq_hf.calibration.stream import BlockStream, capture_inputs
 
 
 class Block(nn.Module):
@@ -140,19 +140,34 @@ def test_a_linear_that_does_not_run_has_no_input(model: Model) -> None:
     assert list(inputs) == ["first"] and output is not None
 
 
-def test_inputs_of_one_module_end_the_forward_there(model: Model) -> None:
-    batches, block = some_batches(), model.model.layers[1]
-    assert isinstance(block, Block)
-    expected = []
-    for batch in batches:
-        ((inputs, _),) = capture_inputs(block, [calls_of(model, batch)[1]], ["second"])
-        expected.append(batch.real_tokens(inputs["second"]))
-    model.model.layers[2].register_forward_pre_hook(lambda *_: pytest.fail("the forward went on"))
-    found = list(inputs_of(model, block.second, batches))
-    assert [batch for batch, _ in found] == batches and "forward" not in block.second.__dict__
-    assert all(torch.equal(x, other) and not x.requires_grad for (_, x), other in zip(found, expected, strict=True))
+def ran(model: Model) -> tuple[BlockStream, list[str]]:
+    """A stream whose blocks have run, and what was done for that."""
+    done: list[str] = []
+    stream = BlockStream(model, model.model.layers, some_batches())
+    stream.run(lambda index: done.append(f"begin {index}"), lambda index: done.append(f"end {index}"))
+    return stream, done
+
+
+def test_what_the_model_puts_out_is_its_own(model: Model) -> None:
+    stream, done = ran(model)
+    assert done == [f"{what} {index}" for index in range(3) for what in ("begin", "end")]
+    for position, batch in enumerate(stream.batches):
+        with torch.no_grad():
+            expected = model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
+        assert torch.equal(stream.result(position), expected)
+
+
+def test_inputs_of_what_is_behind_the_blocks_end_the_forward_there(model: Model) -> None:
+    head, behind, decoder = nn.Identity(), nn.Identity(), model.model.forward
+    model.model.forward = lambda **inputs: behind(head(decoder(**inputs)))  # type: ignore[method-assign]
+    stream, _ = ran(model)
+    expected = [batch.real_tokens(stream.result(i).flatten(0, 1)) for i, batch in enumerate(stream.batches)]
+    behind.register_forward_pre_hook(lambda *_: pytest.fail("the forward went on"))
+    found = list(stream.inputs_of(head))
+    assert "forward" not in head.__dict__
+    assert all(torch.equal(x, other) and not x.requires_grad for x, other in zip(found, expected, strict=True))
 
 
 def test_a_module_that_the_model_does_not_call_has_no_inputs(model: Model) -> None:
-    with pytest.raises(RuntimeError, match="the model does not call its Linear"):
-        list(inputs_of(model, model.model.layers[0].get_submodule("unused"), some_batches()))
+    with pytest.raises(RuntimeError, match="the model does not call its ModuleList"):
+        list(ran(model)[0].inputs_of(model.vision))

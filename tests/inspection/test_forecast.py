@@ -16,6 +16,7 @@ import awq_hf
 from awq_hf.blocks import block_signature
 from awq_hf.headers import read_headers
 from awq_hf.inspection import Forecast, folds, inspect, source
+from awq_hf.streaming import load_float
 from awq_hf.wording import starred
 
 SIZES = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, pad_token_id=0)
@@ -88,12 +89,15 @@ def test_blocks_of_every_kind_are_probed_once(checkpoint: Path, small_config: Ca
     assert len({block_signature(block) for block in model.get_submodule(said.blocks)}) == len(said.probed)
 
 
-def test_no_weights_but_those_of_the_wanted_block_are_loaded(llama_dir: Path) -> None:
-    whole = transformers.AutoModelForCausalLM.from_pretrained(llama_dir)
-    part = folds._load_blocks(llama_dir, type(whole), "model.layers", [1], torch.float32, "cpu")
-    expected = {name: p for name, p in whole.named_parameters() if "layers.0." not in name}
-    found = dict(part.named_parameters())
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+def test_no_weights_but_those_of_the_probed_block_are_loaded(
+    llama_dir: Path, small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source = load_float(transformers.AutoModelForCausalLM, llama_dir)
+    monkeypatch.setattr(folds, "load_float", lambda *_, **__: (model, source))
+    assert forecast_of(str(llama_dir), small_config()).probed == [0]
+    whole = dict(transformers.AutoModelForCausalLM.from_pretrained(llama_dir).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.is_meta if "layers.1." in name else torch.equal(parameter, whole[name])
 
 
 def test_a_sharded_checkpoint(llama_dir: Path, tmp_path: Path, small_config: Callable[..., Any]) -> None:

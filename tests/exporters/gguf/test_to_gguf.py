@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from awq_hf.affine import dequantize_weight
 from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+from awq_hf.exporters.gguf.writer import export
 from awq_hf.kernels.foreign import pack_gemv, pack_gemv_fast, pad_groups, scale_zeros
 from awq_hf.spec import QuantizedWeight
 from awq_hf.to_gguf import to_gguf
@@ -225,16 +226,31 @@ def test_a_searched_file_is_nearer_to_the_float_model_than_a_plain_one(
     assert found < min(bound, of_plain)
 
 
-def test_a_directory_is_searched_with_its_own_tokenizer(build: Any, small_config: Any, texts: list[str], tmp_path: Path) -> None:
-    model, tokenizer = build("llama", num_hidden_layers=1)
+@pytest.mark.parametrize("name", ["llama", "llama, tied"])
+def test_a_directory_is_searched_with_its_own_tokenizer_and_a_block_at_a_time(
+    name: str, build: Any, small_config: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = build(name)
     model.save_pretrained(tmp_path / "Some-Model")
     tokenizer.save_pretrained(tmp_path / "Some-Model")
-    config = small_config(calibration=texts * 8, samples=4, seq_len=32, scale=False)
+    config = small_config(calibration=texts * 8, samples=4, seq_len=32)
+    seen: list[Any] = []
+
+    def keeping(checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(checkpoint.model)
+        return export(checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr("awq_hf.to_gguf.export", keeping)
     (file,) = to_gguf(tmp_path / "Some-Model", tmp_path, config=config, progress=False).files
     assert file.name.startswith("Some-Model-") and file.name.endswith("-Q4_K_M.gguf")
     fields = GGUFReader(file).fields
     assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
     assert "from float weights" in fields["general.description"].contents()
+    left = [name for name, parameter in seen[0].named_parameters() if ".layers." in name and not parameter.is_meta]
+    assert left and all("norm" in name or name.endswith("bias") for name in left)
+    (whole,) = to_gguf(model, tmp_path / "whole.gguf", config=config, tokenizer=tokenizer, progress=False).files
+    one, other = tensors(file), tensors(whole)
+    assert one.keys() == other.keys() and all(np.array_equal(each.data, other[name].data) for name, each in one.items())
 
 
 def matrix(path: Path, **entries: Any) -> Path:

@@ -80,6 +80,17 @@ def test_llama_cpp_computes_what_was_searched_for(
         assert of_search.shape == of_matrix.shape and not np.array_equal(of_search, of_matrix)
 
 
+def test_experts_of_a_directory_are_let_go_block_by_block(build: Any, small_config: Any, tmp_path: Path) -> None:
+    model, tokenizer = build("qwen3")
+    model.save_pretrained(tmp_path / "float")
+    both = [
+        to_gguf(given, tmp_path / f"{name}.gguf", type="Q4_0", **options(small_config, tokenizer, rounding="nearest"))
+        for name, given in (("files", tmp_path / "float"), ("memory", model))
+    ]
+    one, other = ({tensor.name: tensor.data for tensor in GGUFReader(found.files[0]).tensors} for found in both)
+    assert one.keys() == other.keys() and all(np.array_equal(data, other[name]) for name, data in one.items())
+
+
 def test_types_of_experts_are_chosen_within_a_budget(build: Any, small_config: Any, tmp_path: Path) -> None:
     model, tokenizer = build("qwen3")
     quick = options(small_config, tokenizer, scale=False, correction=False, rounding="nearest", stream="float")
