@@ -41,7 +41,7 @@ class BlockByBlock:
         if self.whole or (self.stream is not None and _same(self.stream.batches, batches)):
             return
         self.stream = None
-        order, result = calling_order(self.model, self.blocks, batches[0], self._load, lambda index, _: self._unload(index))
+        order, result = calling_order(self.model, self.blocks, batches[0], self._load, lambda index, _output: self._unload(index))
         if order == list(range(len(self.blocks))):
             expected = _logits(result)[-COMPARED:].clone()
             del result  # a vocabulary is large

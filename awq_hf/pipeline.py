@@ -113,8 +113,8 @@ class BlockLoop:
                 give_back()
 
     def _look_through(self, batch: Batch) -> None:
-        """Run the float model once, and raise ValueError for what would end the work in its middle: weights, what is computed with them, or
-        the order of the blocks."""
+        """Run the float model once, and raise ValueError for what would end the work in its middle: weights, what is computed with them,
+        or the order of the blocks."""
 
         def begin(index: int) -> None:
             self.source.load(index)

@@ -63,7 +63,7 @@ ALLOWED = {
     "lora": "linear",
     "renaming": "",
     "block_by_block": "blocks calibration streaming",
-    "evaluate": "calibration block_by_block classes",
+    "evaluate": "calibration classes block_by_block",
     "evaluation_table": "",
     "config": "spec kernels.layout kernels.foreign calibration transforms rounding recipe linear experts compat",
     "hf_quantizer": "beside classes unfinished base_model spec kernels.layout calibration exporters recipe linear experts headers "
