@@ -140,10 +140,6 @@ class AwqHfQuantizer(LeavesBlocks):
             cast_unsaved(model, new)
         return model
 
-    def remove_quantization_config(self, model: Any) -> None:
-        super().remove_quantization_config(model)
-        compat.forget_that_it_is_quantized(model)
-
     def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, ScaledActivation):

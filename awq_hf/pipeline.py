@@ -78,9 +78,7 @@ class BlockLoop:
         self.report = Report(recipe=self.recipe.to_dict(), calibration=_describe(self.windows))
         self.report.left_in_float.update(self.plan.left_in_float)
         self.report.notes += self.windows.notes
-        training = {
-            name: module.training for name, module in self.model.named_modules()
-        }  # modules themselves would stay with their weights
+        training = {name: module.training for name, module in self.model.named_modules()}  # by name: modules hold weights
         self.model.eval()
         try:
             with one_thread_each():

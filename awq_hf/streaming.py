@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from awq_hf import compat
 from awq_hf.blocks import find_blocks
 from awq_hf.renaming import resolver
 
@@ -148,9 +149,16 @@ class LeavesBlocks(HfQuantizer):
         return self.placement
 
     def leave_blocks(self, model: Any, files: Sequence[str]) -> None:
-        """Before weights are loaded: where all are in safetensors files, those of the blocks stay there."""
-        if self.placement is not None and files and all(file.endswith(".safetensors") for file in files):
+        """Before weights are loaded: where all are in safetensors files, those of the blocks stay there. Not those that are in several, of
+        which the files have one."""
+        prefix, _ = find_blocks(model)
+        shared = any(name.startswith(f"{prefix}.") for name in compat.tied_weights(model))
+        if self.placement is not None and files and all(file.endswith(".safetensors") for file in files) and not shared:
             self.source = InFiles(model, files, self.placement)
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        compat.forget_that_it_is_quantized(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
         """How the loader brings tensors into parameters. transformers passes the model from 5.21 on."""

@@ -51,7 +51,7 @@ ALLOWED = {
     "residual_errors",
     "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
     "block resume streaming",
-    "streaming": "blocks renaming",
+    "streaming": "blocks renaming compat",
     "resume": "affine block calibration linear parallel report",
     "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
     "encoded_layer encoded_experts encoded_ends streaming",

@@ -19,7 +19,7 @@ import awq_hf
 from awq_hf.block import BlockWork
 from awq_hf.blocks import find_blocks, matrices_of
 from awq_hf.hf_quantizer import AwqHfQuantizer
-from awq_hf.streaming import InFiles, default_device
+from awq_hf.streaming import InFiles, default_device, load_float
 from tests.mixtures import MODELS as EXPERTS
 from tests.test_architectures import ARCHITECTURES
 
@@ -149,3 +149,13 @@ def test_auto_is_the_first_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert default_device() == torch.device("cuda", 0)
+
+
+def test_blocks_that_share_weights_are_loaded_whole(random_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Zamba 2: the files hold what several blocks share once. The float model can be run, though not quantized."""
+    sizes = {**ARCHITECTURES["llama"].sizes, "num_hidden_layers": 4}
+    mamba = dict(mamba_ngroups=1, n_mamba_heads=8, mamba_headdim=16, num_mem_blocks=1)
+    original = random_model(transformers.Zamba2Config(**sizes, **mamba, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]))
+    original.save_pretrained(tmp_path)
+    loaded, source = load_float(AutoModelForCausalLM, tmp_path)
+    assert source.later is None and same(loaded, original) and "_is_quantized" not in vars(loaded.config)
