@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from awq_hf.base_model import describe
 from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
 from awq_hf.wording import option
@@ -173,8 +174,8 @@ def missing(facts: Facts) -> list[tuple[str, str]]:
         again = command("card", facts.directory, *repository, "--base-model", "OWNER/NAME")
         found.append(("which model of the Hub this was made from", again))
     elif not facts.base.metadata.get("license"):
-        found.append(("the licence, which the original's card does not say", "write it into the original's card, or edit README.md"))
-    if facts.report is None:
+        found.append(("the licence, which no card of the original says", f"write it into the card of {facts.base.id}, or edit README.md"))
+    if facts.report is None and facts.root is not None:
         found.append(("what was done to the layers", command("quantize", source, "OUT")))
     if facts.root and facts.root.slow and not facts.served_folders:
         again = command("export", FAST_TARGET, facts.directory, str(Path(facts.directory) / FAST_TARGET))
@@ -201,11 +202,16 @@ def _base(report: dict[str, Any] | None, base_model: str | None) -> Base | None:
     metadata = metadata if isinstance(metadata, dict) else {}
     name = said.get("name") or None
     revision = said.get("revision") if isinstance(said.get("revision"), str) else None
+    hub_id = base_model
     if base_model is not None:
-        return Base(base_model, base_model, revision if name == base_model and not said.get("local") else None, metadata)
-    if not isinstance(name, str):
+        revision = revision if name == base_model and not said.get("local") else None
+    elif isinstance(name, str):
+        hub_id = name if not said.get("local", True) and _is_hub_id(name) else None
+    else:
         return None
-    return Base(name, name if not said.get("local", True) and _is_hub_id(name) else None, revision, metadata)
+    if hub_id and not metadata.get("license"):  # the directory that was quantized had no card, or the card has been written since
+        metadata = {**describe(hub_id)["metadata"], **metadata}
+    return Base(hub_id or str(name), hub_id, revision, metadata)
 
 
 def _rows(evaluation: dict[str, Any], path: Path) -> Iterator[Measured]:
