@@ -177,8 +177,11 @@ def test_dry_run_without_a_token_says_what_is_known_here(hub: Hub, directory: Pa
 def test_dry_run_changes_nothing(hub: Hub, directory: Path, run: Run) -> None:
     done = run("push", directory, REPO, "--dry-run")
     assert done.status == 0 and hub.repos == {}
-    assert re.match(rf"Would upload 5 files \(\d\.\d MB\) to {hub.url}/{REPO}\n  README.md  ", done.out)
-    assert done.out.endswith(f"{REPO} does not exist yet; it would be created.\n")
+    assert (
+        re.match(rf"Would upload 5 files \(\d+(\.\d+)? [kM]B\) to {hub.url}/{REPO}\n  README.md  ", done.out) and "0.0 MB" not in done.out
+    )
+    assert done.out.endswith(f"{REPO} does not exist yet; it would be created, for everyone to see, unless --private is given.\n")
+    assert "would be created, for you alone (--private)" in run("push", directory, REPO, "--dry-run", "--private").out
     hub.create(REPO, files={"config.json": (directory / "config.json").read_bytes(), "README.md": b"# mine\n"})
     done = run("push", directory, REPO, "--dry-run", "--revision", "new", "--json")
     assert json.loads(done.out)["unchanged"] == ["config.json"] and json.loads(done.out)["kept"] == ["README.md"]
