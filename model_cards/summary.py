@@ -16,7 +16,9 @@ def summarize(report: dict[str, Any]) -> str:
     ]
     fallbacks = [layer for layer in layers if layer["fallback"]]
     if fallbacks:
-        lines.append(f"{len(fallbacks)} layers fell back to simpler rounding, since the held-out text asked for it:")
+        lines.append(
+            f"{len(fallbacks)} layer{'s' * (len(fallbacks) > 1)} fell back to simpler rounding, since the held-out text asked for it:"
+        )
         lines += [f"  {layer['name']}: {layer['fallback']}" for layer in fallbacks]
     if report["left_in_float"]:
         lines.append(f"Left in float: {_shortened(list(report['left_in_float']))}.")
