@@ -49,7 +49,7 @@ def test_the_file_holds_what_is_returned(content: dict[str, Any], out: Path, ori
     assert [row["name"] for row in content["rows"]] == ["original", "plain rounding", "awq-hf", "model-AWQ.gguf", "model-F32.gguf"]
     assert [row["files"] for row in content["rows"]] == [[], [], [".", "gptq"], ["model-AWQ.gguf"], ["model-F32.gguf"]]
     assert {row["runtime"] for row in content["rows"]} == {"transformers"}
-    assert {row["text"] for row in content["rows"]} == {"embedded evaluation text"}
+    assert {row["text"] for row in content["rows"]} == {"awq-hf's embedded evaluation text"}
     assert not list(out.glob(".*"))
 
 
