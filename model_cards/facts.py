@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from awq_hf.base_model import describe
 from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
+from awq_hf.model_cards.card import README, is_generated
 from awq_hf.wording import option
 
 REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
@@ -136,6 +138,8 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
             f"{directory} holds a float model, and nothing that is quantized: this card would tell of what was not done. Give the "
             "directory that awq-hf quantize or export wrote; a README.md of your own is pushed as it is"
         )
+    if base_model is None and _hub_id(report) is None:
+        base_model = _named_before(path)
     evaluation = read_json(path / EVALUATION) if (path / EVALUATION).is_file() else {}
     name = repo_id or path.resolve().name
     return Facts(
@@ -196,6 +200,21 @@ def _report(path: Path) -> dict[str, Any] | None:
     return {"left_in_float": {}, "notes": [], "versions": {}, "machine": {}, "seconds": {}, "recipe": {}, "peak_memory_bytes": {}, **found}
 
 
+def _hub_id(report: dict[str, Any] | None) -> str | None:
+    """The original's id, where report.json knows one."""
+    said = (report or {}).get("base_model") or {}
+    name = said.get("name")
+    return name if isinstance(name, str) and name and not said.get("local", True) and _is_hub_id(name) else None
+
+
+def _named_before(path: Path) -> str | None:
+    """The original's id that an earlier card of ours was given: pushing makes the card again, and need not be told once more."""
+    readme = path / README
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    named = ModelCard(text).data.get("base_model") if is_generated(text) else None
+    return named if isinstance(named, str) and _is_hub_id(named) else None
+
+
 def _base(report: dict[str, Any] | None, base_model: str | None) -> Base | None:
     said = (report or {}).get("base_model") or {}
     metadata = said.get("metadata")
@@ -206,7 +225,7 @@ def _base(report: dict[str, Any] | None, base_model: str | None) -> Base | None:
     if base_model is not None:
         revision = revision if name == base_model and not said.get("local") else None
     elif isinstance(name, str):
-        hub_id = name if not said.get("local", True) and _is_hub_id(name) else None
+        hub_id = _hub_id(report)
     else:
         return None
     if hub_id and not metadata.get("license"):  # the directory that was quantized had no card, or the card has been written since

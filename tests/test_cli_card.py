@@ -58,6 +58,8 @@ def test_the_original_is_asked_for_its_licence_when_the_directory_had_none(run: 
     assert "licence" not in run("card", model, "--repo-id", "me/tiny", "--base-model", "acme/Tiny").out
     head = (model / "README.md").read_text()[:400]
     assert "license: mit\n" in head and "language: en\n" in head
+    assert "licence" not in run("card", model, "--repo-id", "me/tiny").out  # as a push makes the card: the id is remembered
+    assert "base_model: acme/Tiny\n" in (model / "README.md").read_text()
     assert "write it into the card of acme/Other" in run("card", model, "--base-model", "acme/Other").out
 
 
