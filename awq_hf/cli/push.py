@@ -69,9 +69,9 @@ def summary(result: PushResult) -> str:
             "written to, and holds some of this already is not known."
         )
     if result.created:
-        seen = "for you alone (--private)" if result.private else "for everyone to see, unless --private is given"
-        new = f"does not exist yet; it would be created, {seen}" if result.dry_run else "is new"
-        lines.append(f"{result.repo_id} {new}.")
+        alone = ", for you alone (--private)" if result.private else ", for everyone to see, unless --private is given" * result.dry_run
+        new = "does not exist yet; it would be created" if result.dry_run else "was created"
+        lines.append(f"{result.repo_id} {new}{alone}.")
     return "\n".join(lines)
 
 

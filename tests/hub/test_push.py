@@ -193,7 +193,7 @@ def test_command_line(hub: Hub, directory: Path, run: Run) -> None:
     done = run("push", directory, REPO, "--message", "by hand")
     lines = done.out.splitlines()
     assert (done.status, hub.repos[REPO].messages[-1]) == (0, "by hand")
-    assert lines[0].startswith("Uploaded 4 files (0.") and lines[0].endswith(f"{hub.url}/{REPO}")
+    assert lines[0].startswith("Uploaded 4 files (1") and lines[0].endswith(f"{hub.url}/{REPO}")
     assert "model-1.safetensors, of an earlier model there, was removed." in lines
     assert lines[-1] == "README.md there was written or edited by a person and is kept; --overwrite-card replaces it."
     assert run("push", directory, REPO).out.startswith(
