@@ -112,7 +112,7 @@ def best_of(
         pick = lambda a, b, better=better: torch.where(better, a, b)  # noqa: E731
         grid = Grid(pick(simpler_grid.scales, grid.scales), pick(simpler_grid.zero_points, grid.zero_points), grid.spec)
         errors = torch.minimum(row_errors, errors)
-    lost = f"{found.rounding} lost to plain rounding on the held-out slice ({loss / max(plain, 1e-30):.3g} times its error)"
+    lost = f"{found.rounding} lost to plain rounding on the held-out slice ({loss / max(plain, 1e-30):.2%} of its error)"
     return replace(found, codes=codes, grid=grid, rounding="the best of each row", fallback=lost), errors
 
 

@@ -59,11 +59,14 @@ def measure(
     original: a directory or a Hub id, location: its revision and so on. texts: what calibration did not see; None: the text that comes
     with the package. Rows: the original; plain rounding of its weights, computed here, of just the Linears that were quantized, as they
     are stored; the checkpoint; each GGUF file, as transformers reads it, in float32 (another file is left out, and a warning says why).
+    Of a directory with GGUF files alone: the original and these.
     trust_remote_code: run code that comes with the original, and so with the checkpoint.
     In memory are hidden states of the original, a block of it or of its plain rounding (where files are safetensors, and all goes to one
     device), and one other model at a time. Raises ValueError as `evaluate` does, before a model is loaded.
     """
     folder, where = Path(directory), dict(location or {})
+    if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        raise ValueError(f"{directory} holds no model: neither config.json nor a GGUF file is there")
     check_writable(folder)
     config = read_config(original, trust_remote_code, **where)
     tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=trust_remote_code, **where)
@@ -86,21 +89,21 @@ def measure(
     about = dict(runtime="transformers")
     sizes = dict(weights_bytes=weights_bytes(original, where), bits_per_weight=bits_per_weight(float_model))
     rows = [{"name": ORIGINAL, "files": [], **about, **sizes, **row(ORIGINAL, reference)}]
-    ours = row(OURS, lambda: found.keep(kind.from_pretrained(folder, **options)))
-    plain = {
-        "weights_bytes": None,
-        "bits_per_weight": found.bits,
-        **row(PLAIN, lambda: load(functools.partial(round_plainly, found.specs))),
-    }
-    files = [".", *(name for name in SAME_CODES if (folder / name / "config.json").is_file())]
-    rows.append({"name": PLAIN, "files": [], **about, **plain})
-    rows.append({"name": OURS, "files": files, **about, "weights_bytes": weights_bytes(folder), "bits_per_weight": found.bits, **ours})
+    if (folder / "config.json").is_file():
+        ours = row(OURS, lambda: found.keep(kind.from_pretrained(folder, **options)))
+        plain = row(PLAIN, lambda: load(functools.partial(round_plainly, found.specs)))
+        files = [".", *(name for name in SAME_CODES if (folder / name / "config.json").is_file())]
+        about_both = dict(**about, bits_per_weight=found.bits)
+        rows.append({"name": PLAIN, "files": [], **about_both, "weights_bytes": None, **plain})
+        rows.append({"name": OURS, "files": files, **about_both, "weights_bytes": weights_bytes(folder), **ours})
     for file in sorted(folder.glob("*.gguf")):
         figures = _of_gguf(functools.partial(row, file.name), file, kind, float_model.config, device_map)
         if figures is not None:
             bits = 8 * file.stat().st_size / float_model.num_parameters()
             about_it = dict(weights_bytes=file.stat().st_size, bits_per_weight=bits)
             rows.append({"name": file.name, "files": [file.name], **about, **about_it, **figures})
+    if len(rows) == 1:
+        raise ValueError(f"nothing in {directory} could be measured: it holds GGUF files alone, and transformers reads none of them")
     base = base_model.identify(original, getattr(float_model.config, "_commit_hash", None))
     content = {
         "reference": {"name": base["name"], "revision": base["revision"], "weights_bytes": sizes["weights_bytes"]},

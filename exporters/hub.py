@@ -30,7 +30,8 @@ MakeCard = Callable[[str, str | None], Mapping[str, bytes | None]]
 
 @dataclass
 class PushResult:
-    """commit: its sha; commit, commit_url and pull_request are None where there is none. url: where to look at it. Paths in the repository:
+    """commit: its sha; commit, commit_url and pull_request are None where there is none. url: where to look at it. private: what a
+    repository that is created was asked to be, None: what the account's settings say. Paths in the repository:
 
     uploaded, with their bytes: what it did not hold, or held with other content; unchanged; kept: what a person wrote there; removed:
     weights that the new ones replace. Of a dry run: what would be. asked: whether the Hub was; without a token, a dry run knows nothing of
@@ -43,6 +44,7 @@ class PushResult:
     commit_url: str | None = None
     pull_request: str | None = None
     created: bool = False
+    private: bool | None = None
     dry_run: bool = False
     asked: bool = True
     uploaded: dict[str, int] = field(default_factory=dict)
@@ -211,7 +213,9 @@ def push_directory(
     as above, which say what the repository holds and how to go on. Nothing of the commit is visible before all of it is there.
     """
     files = collect(Path(directory))
-    result = PushResult(target.repo_id, target.url, created=target.exists is False, dry_run=dry_run, asked=target.exists is not None)
+    result = PushResult(
+        target.repo_id, target.url, created=target.exists is False, private=private, dry_run=dry_run, asked=target.exists is not None
+    )
     with explained(target.repo_id, target.api.token) as stage, _bars(progress):
         plan = _make_plan(target, files, make_card)
         if not dry_run:

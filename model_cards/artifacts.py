@@ -217,13 +217,14 @@ def _gguf(directory: Path, files: list[Path]) -> Artifact:
     for tensor in tensors:
         inside[tensor.kind.name] += tensor.nbytes if tensor.name.startswith("blk.") else 0
     weights = sum(tensor.weights for tensor in tensors)
-    known = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
+    known = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind for kind in LlamaFileType}
     parts = [part.upper() for part in re.split(r"[-.]", _SHARD.sub("", files[0].name))]
     tag = next((part for part in reversed(parts) if part in known), None)
+    said = next((name for name, kind in known.items() if kind == headers[0].file_type), None)
     return Artifact(
         path=files[0].name,
         format="gguf",
-        label=f"GGUF {tag or inside.most_common(1)[0][0]}" if inside else "GGUF",
+        label=f"GGUF {tag or said or inside.most_common(1)[0][0]}" if inside else "GGUF",
         files=tuple(path.name for path in files),
         size=sum(path.stat().st_size for path in files),
         bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors) / weights if weights else None,

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from awq_hf.base_model import describe
 from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
+from awq_hf.model_cards.card import README, is_generated
 from awq_hf.wording import option
 
 REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
@@ -135,6 +138,8 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
             f"{directory} holds a float model, and nothing that is quantized: this card would tell of what was not done. Give the "
             "directory that awq-hf quantize or export wrote; a README.md of your own is pushed as it is"
         )
+    if base_model is None and _hub_id(report) is None:
+        base_model = _named_before(path)
     evaluation = read_json(path / EVALUATION) if (path / EVALUATION).is_file() else {}
     name = repo_id or path.resolve().name
     return Facts(
@@ -173,8 +178,8 @@ def missing(facts: Facts) -> list[tuple[str, str]]:
         again = command("card", facts.directory, *repository, "--base-model", "OWNER/NAME")
         found.append(("which model of the Hub this was made from", again))
     elif not facts.base.metadata.get("license"):
-        found.append(("the licence, which the original's card does not say", "write it into the original's card, or edit README.md"))
-    if facts.report is None:
+        found.append(("the licence, which no card of the original says", f"write it into the card of {facts.base.id}, or edit README.md"))
+    if facts.report is None and facts.root is not None:
         found.append(("what was done to the layers", command("quantize", source, "OUT")))
     if facts.root and facts.root.slow and not facts.served_folders:
         again = command("export", FAST_TARGET, facts.directory, str(Path(facts.directory) / FAST_TARGET))
@@ -195,17 +200,37 @@ def _report(path: Path) -> dict[str, Any] | None:
     return {"left_in_float": {}, "notes": [], "versions": {}, "machine": {}, "seconds": {}, "recipe": {}, "peak_memory_bytes": {}, **found}
 
 
+def _hub_id(report: dict[str, Any] | None) -> str | None:
+    """The original's id, where report.json knows one."""
+    said = (report or {}).get("base_model") or {}
+    name = said.get("name")
+    return name if isinstance(name, str) and name and not said.get("local", True) and _is_hub_id(name) else None
+
+
+def _named_before(path: Path) -> str | None:
+    """The original's id that an earlier card of ours was given: pushing makes the card again, and need not be told once more."""
+    readme = path / README
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    named = ModelCard(text).data.get("base_model") if is_generated(text) else None
+    return named if isinstance(named, str) and _is_hub_id(named) else None
+
+
 def _base(report: dict[str, Any] | None, base_model: str | None) -> Base | None:
     said = (report or {}).get("base_model") or {}
     metadata = said.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     name = said.get("name") or None
     revision = said.get("revision") if isinstance(said.get("revision"), str) else None
+    hub_id = base_model
     if base_model is not None:
-        return Base(base_model, base_model, revision if name == base_model and not said.get("local") else None, metadata)
-    if not isinstance(name, str):
+        revision = revision if name == base_model and not said.get("local") else None
+    elif isinstance(name, str):
+        hub_id = _hub_id(report)
+    else:
         return None
-    return Base(name, name if not said.get("local", True) and _is_hub_id(name) else None, revision, metadata)
+    if hub_id and not metadata.get("license"):  # the directory that was quantized had no card, or the card has been written since
+        metadata = {**describe(hub_id)["metadata"], **metadata}
+    return Base(hub_id or str(name), hub_id, revision, metadata)
 
 
 def _rows(evaluation: dict[str, Any], path: Path) -> Iterator[Measured]:

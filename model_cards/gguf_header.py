@@ -16,7 +16,7 @@ from pathlib import Path
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of values, by GGUFValueType
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """description: general.description, how the file was made, or None."""
+    """description: general.description, how the file was made, or None; file_type: general.file_type, LlamaFileType's number, or None."""
 
     tensors: list[GgufTensor]
     description: str | None
+    file_type: int | None = None
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -58,14 +59,16 @@ class _Reader:
         version, count, pairs = self._take("<IQQ")
         if version not in (2, 3):
             raise ValueError(f"version {version} is not 2 or 3")
-        description = None
+        description = file_type = None
         for _ in range(pairs):
             key, (kind,) = self._string(), self._take("<I")
             if key == b"general.description" and kind == _STRING:
                 description = self._string().decode(errors="replace")
+            elif key == b"general.file_type" and kind == _UINT32:
+                (file_type,) = self._take("<I")
             else:
                 self._skip(kind)
-        return GgufHeader([self._tensor() for _ in range(count)], description)
+        return GgufHeader([self._tensor() for _ in range(count)], description, file_type)
 
     def _tensor(self) -> GgufTensor:
         name = self._string().decode(errors="replace")

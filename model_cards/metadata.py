@@ -16,7 +16,7 @@ _FORMATS = {"awq", "gguf", "gptq", "safetensors", "pytorch", "transformers", "ll
 
 
 def card_data(facts: Facts) -> ModelCardData:
-    """Licence, languages and task are the original's, or absent."""
+    """Licence, languages and task are the original's, or absent. quantized_by: who publishes it."""
     base = facts.base
     inherited = base.metadata if base else {}
     task = _text(inherited.get("pipeline_tag")) or _task(facts.class_name)
@@ -31,6 +31,7 @@ def card_data(facts: Facts) -> ModelCardData:
         tags=_tags(facts, inherited.get("tags")),
         eval_results=results or None,
         model_name=facts.title if results else None,
+        quantized_by=facts.repo_id.partition("/")[0] if facts.report and facts.repo_id and "/" in facts.repo_id else None,
     )
 
 

@@ -90,7 +90,7 @@ def quantize_demo(demo_dir: Path, calibration: Any, **options: Any) -> dict[str,
 
 def test_calibration_on_the_text_of_the_package(demo_dir: Path) -> None:
     said = quantize_demo(demo_dir, None)
-    assert said["source"] == "embedded multi-domain text" and (said["windows"], said["tokens"]) == (4, 128)
+    assert said["source"] == "awq-hf's embedded multi-domain text" and (said["windows"], said["tokens"]) == (4, 128)
 
 
 def test_calibration_on_a_file(demo_dir: Path, tmp_path: Path) -> None:

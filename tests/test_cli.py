@@ -162,8 +162,11 @@ def test_a_model_that_does_not_exist(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["quantize", "inspect", "eval"])
 def test_a_file_that_is_given_as_a_model(command: str, run: Run, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     output = [tmp_path / "out"] if command == "quantize" else []
-    assert is_one_error(run(command, tmp_path / "model.gguf", *output), "is a file; give the directory")
+    assert is_one_error(run(command, tmp_path / "model.safetensors", *output), "is a file; give the directory")
+    how = f"awq-hf eval {tmp_path} --reference MODEL --save" if command == "eval" else "give the directory"
+    assert is_one_error(run(command, tmp_path / "model.gguf", *output), how)
 
 
 def test_an_output_directory_that_exists_is_left_alone(run: Run, model: Path, tmp_path: Path) -> None:

@@ -50,3 +50,19 @@ def test_refuses_what_is_no_model(run: Run, tmp_path: Path) -> None:
     done = run("card", tmp_path)
     assert done.status == 1 and "holds no model" in done.err and not [*tmp_path.iterdir()]
     assert "awq-hf card ./llama-awq --repo-id me/llama-awq" in run("card", "--help").out
+
+
+def test_the_original_is_asked_for_its_licence_when_the_directory_had_none(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {"acme/Tiny": "---\nlicense: mit\nlanguage: en\n---\n"}
+    monkeypatch.setattr("awq_hf.base_model._from_hub", lambda name, commit: cards.get(name, ""))
+    assert "licence" not in run("card", model, "--repo-id", "me/tiny", "--base-model", "acme/Tiny").out
+    head = (model / "README.md").read_text()[:400]
+    assert "license: mit\n" in head and "language: en\n" in head
+    assert "licence" not in run("card", model, "--repo-id", "me/tiny").out  # as a push makes the card: the id is remembered
+    assert "base_model: acme/Tiny\n" in (model / "README.md").read_text()
+    assert "write it into the card of acme/Other" in run("card", model, "--base-model", "acme/Other").out
+
+
+def test_a_repository_has_an_owner(run: Run, model: Path) -> None:
+    done = run("card", model, "--repo-id", "tiny")
+    assert done.status == 1 and "--repo-id tiny has no owner" in done.err and not (model / "README.md").exists()

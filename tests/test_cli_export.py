@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
 Run = Callable[..., Any]
 
@@ -46,3 +47,10 @@ def test_refusals_are_one_sentence(run: Run, quantized_dir: Path, llama_dir: Pat
     assert "exists and is not an empty directory" in run("export", "awq", quantized_dir, tmp_path / "out").err
     assert run("export", "awq", quantized_dir, tmp_path / "out", "--overwrite").status == 0
     assert run("export", "awq").status == 2
+
+
+def test_a_gguf_file_says_its_bits_a_weight(run: Run, demo_dir: Path, tmp_path: Path) -> None:
+    done = run("export", "gguf", demo_dir / "model", tmp_path / "tiny.gguf", "--type", "Q4_0", "--no-search")
+    tensors = GGUFReader(tmp_path / "tiny.gguf").tensors
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
+    assert done.status == 0 and f" MB in 1 file, {bits:.2f} bits a weight\n" in done.out, done

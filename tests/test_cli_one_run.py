@@ -23,6 +23,7 @@ from awq_hf.block import BlockWork
 from awq_hf.cli import common
 from awq_hf.cli import quantize as quantize_command
 from awq_hf.exporters.hub import PushResult
+from awq_hf.model_cards.facts import Facts
 from awq_hf.recipe_file import OPTIONS
 
 PLAIN = ["--samples", "2", "--seq-len", "32", "--rounding", "nearest", "--device", "cpu"]
@@ -49,12 +50,12 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append(("look", repo_id, private))
         return SimpleNamespace(repo_id=repo_id)
 
-    def make_card(directory: Any, repo_id: str | None = None, base_model: str | None = None) -> dict[str, bytes]:
-        calls.append(("card", directory, repo_id, base_model))
+    def write_card(facts: Facts) -> dict[str, bytes]:
+        calls.append(("card", Path(facts.directory), facts.repo_id, facts.base and facts.base.id))
         return {"README.md": b"card", "images/loss.png": b"plot"}
 
     monkeypatch.setattr("awq_hf.push_to_hub", push_to_hub)
-    monkeypatch.setattr("awq_hf.model_cards.make_card", make_card)
+    monkeypatch.setattr("awq_hf.model_cards.card.write_card", write_card)
     monkeypatch.setattr("awq_hf.exporters.hub.find_repository", find_repository)
     return calls
 

@@ -76,7 +76,7 @@ ALLOWED = {
     "push": "api exporters model_cards report",
     "exporters": "classes beside unfinished spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored "
     "skip_list config compat renaming output",
-    "model_cards": "headers serving skip_list spec evaluation_table exporters.table",
+    "model_cards": "base_model headers serving skip_list spec evaluation_table exporters.table",
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
     "rounding preflight report pipeline linear config model_cards serving streaming",
     "targets": "classes base_model compat renaming config exporters matrices preflight spec",

@@ -49,7 +49,7 @@ def test_the_file_holds_what_is_returned(content: dict[str, Any], out: Path, ori
     assert [row["name"] for row in content["rows"]] == ["original", "plain rounding", "awq-hf", "model-AWQ.gguf", "model-F32.gguf"]
     assert [row["files"] for row in content["rows"]] == [[], [], [".", "gptq"], ["model-AWQ.gguf"], ["model-F32.gguf"]]
     assert {row["runtime"] for row in content["rows"]} == {"transformers"}
-    assert {row["text"] for row in content["rows"]} == {"embedded evaluation text"}
+    assert {row["text"] for row in content["rows"]} == {"awq-hf's embedded evaluation text"}
     assert not list(out.glob(".*"))
 
 
@@ -111,3 +111,16 @@ def test_matrices_that_are_stored_the_other_way_round(random_model: Callable[...
     for name, tensor in exact.dequantize().state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
     assert bits_per_weight(model) == 32
+
+
+def test_a_directory_of_gguf_files_alone(content: dict[str, Any], out: Path, original: Path, tmp_path: Path) -> None:
+    """What `awq-hf export gguf` leaves: the same figures as beside a checkpoint."""
+    with pytest.raises(ValueError, match="holds no model"):
+        measure(tmp_path, original, **SHORT)
+    shutil.copy(out / "model-AWQ.gguf", tmp_path)
+    assert measure(tmp_path, original, **SHORT)["rows"] == [content["rows"][0], content["rows"][3]]
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "model-AWQ.gguf").write_bytes(b"GGUF and then nothing")
+    with pytest.raises(ValueError, match="nothing in .* could be measured"):
+        measure(tmp_path, original, **SHORT)
+    assert not (tmp_path / "evaluation.json").exists()

@@ -17,7 +17,10 @@ from awq_hf.calibration.tokens import tokenize
 from awq_hf.wording import option
 
 DOCUMENT = "\n<|document|>\n"  # between the documents of the embedded texts
-EMBEDDED = {"calibration": "embedded multi-domain text", "evaluation": "embedded evaluation text"}  # role -> what results call it
+EMBEDDED = {
+    "calibration": "awq-hf's embedded multi-domain text",
+    "evaluation": "awq-hf's embedded evaluation text",
+}  # role -> what results call it
 HELD_OUT = 8  # one window in so many is kept from the search and judges it
 
 MARGIN = 2  # documents are drawn until there are so many times the tokens asked for

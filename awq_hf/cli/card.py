@@ -30,6 +30,8 @@ def card(
     from awq_hf.model_cards.card import README, is_generated, write_card
     from awq_hf.model_cards.facts import gather, missing
 
+    if repo_id is not None and "/" not in repo_id:
+        raise ValueError(f"--repo-id {repo_id} has no owner, and snippets name the whole id; give owner/name")
     facts = gather(directory, repo_id, base_model)
     readme = directory / README
     if readme.exists() and not overwrite and not is_generated(readme.read_text(encoding="utf-8")):

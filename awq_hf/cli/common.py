@@ -159,6 +159,11 @@ def located(name: str) -> tuple[str, dict[str, Any]]:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if Path(name).is_file() and name.endswith(".gguf"):
+        raise ValueError(
+            f"{name} is a GGUF file, which is made from a model and read by llama.cpp; give the directory or Hub id of the model. "
+            f"How close it is to the original:  awq-hf eval {shlex.quote(str(Path(name).parent))} --reference MODEL --save"
+        )
     if Path(name).is_file():
         raise ValueError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a Hub id")
     if Path(name).is_dir():

@@ -94,7 +94,9 @@ def export(
         types = {} if result is None else {"types": {name: kind.name for name, kind in result.types.items()}}
         typer.echo(json.dumps({**about, **types}))
         return
-    typer.echo(f"{target} written to {files[0] if result else out}: {size / 1e6:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}")
+    density = f", {_bits_per_weight(files):.2f} bits a weight" if result else ""
+    count = f"{len(files)} file{'s' * (len(files) > 1)}"
+    typer.echo(f"{target} written to {files[0] if result else out}: {size / 1e6:,.1f} MB in {count}{density}")
     if result:
         typer.echo(_types(result.types))
         if result.report is not None:
@@ -102,6 +104,14 @@ def export(
             ratio = sum(layer.loss / max(layer.loss_importance, 1e-30) for layer in layers) / max(len(layers), 1)
             typer.echo(f"Output error of a layer: {ratio:.0%} of what the type's quantizer leaves with an importance matrix, on average")
         typer.echo(f"Run it:  llama-cli -m {files[0]}")
+
+
+def _bits_per_weight(files: list[Path]) -> float:
+    """Of all tensors of a GGUF file and its parts, as --target-bpw and the card count."""
+    from awq_hf.model_cards.gguf_header import read_header
+
+    tensors = [tensor for file in files for tensor in read_header(file).tensors]
+    return 8 * sum(tensor.nbytes for tensor in tensors) / sum(tensor.weights for tensor in tensors)
 
 
 def _types(types: dict[str, Any]) -> str:

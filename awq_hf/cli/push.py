@@ -53,10 +53,12 @@ def push(
 
 def summary(result: PushResult) -> str:
     """What went where, for a person."""
+    from awq_hf.inspection.text import size
+
     would, count = "Would upload" if result.dry_run else "Uploaded", len(result.uploaded)
-    lines = [f"{would} {_files(count)} ({result.bytes / 1e6:,.1f} MB) to {result.url}" if count else f"Nothing to upload to {result.url}"]
+    lines = [f"{would} {_files(count)} ({size(result.bytes)}) to {result.url}" if count else f"Nothing to upload to {result.url}"]
     width = max(map(len, result.uploaded), default=0)
-    lines += [f"  {path:<{width}}  {size / 1e6:>10,.1f} MB" for path, size in sorted(result.uploaded.items())]
+    lines += [f"  {path:<{width}}  {size(count):>8}" for path, count in sorted(result.uploaded.items())]
     if result.unchanged:
         lines.append(f"{_files(len(result.unchanged))} of the same content {'is' if len(result.unchanged) == 1 else 'are'} there already.")
     lines += [f"{path}, of an earlier model there, {'would be' if result.dry_run else 'was'} removed." for path in result.removed]
@@ -66,8 +68,10 @@ def summary(result: PushResult) -> str:
             f"The Hub was not asked, since there is no token (`hf auth login`, or HF_TOKEN): whether {result.repo_id} exists, may be "
             "written to, and holds some of this already is not known."
         )
-    if result.dry_run and result.created:
-        lines.append(f"{result.repo_id} does not exist yet; it would be created.")
+    if result.created:
+        alone = ", for you alone (--private)" if result.private else ", for everyone to see, unless --private is given" * result.dry_run
+        new = "does not exist yet; it would be created" if result.dry_run else "was created"
+        lines.append(f"{result.repo_id} {new}{alone}.")
     return "\n".join(lines)
 
 

@@ -270,11 +270,12 @@ class _OneRun:
         return measure(self.out, self.model, self.run.text, **options, **self.trust)
 
     def _card(self) -> None:
-        from awq_hf.model_cards import make_card
+        from awq_hf.model_cards.card import write_card
         from awq_hf.model_cards.facts import gather, missing
 
-        put(make_card(self.out, repo_id=self.run.push, base_model=self.run.base_model), self.out)
-        for what, how in missing(gather(self.out, self.run.push, self.run.base_model)):
+        facts = gather(self.out, self.run.push, self.run.base_model)
+        put(write_card(facts), self.out)
+        for what, how in missing(facts):
             self.say(f"Not in the card: {what}.\n  {how}")
 
     def _push(self) -> Any:

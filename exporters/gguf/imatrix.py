@@ -68,6 +68,8 @@ class Imatrix:
 
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Either format, told apart by the first bytes. Raises ValueError for a file that is damaged or something else."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no importance matrix {path}; give the file that llama-imatrix or --save-imatrix wrote")
     with Path(path).open("rb") as file:
         is_gguf = file.read(len(MAGIC)) == MAGIC
     with np.errstate(invalid="ignore"):  # sums that are no numbers are refused below

@@ -69,7 +69,10 @@ def load_tokenizer(directory: str | os.PathLike[str] | None, label: str) -> Any:
         return AutoTokenizer.from_pretrained(Path(directory), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{label} has no tokenizer that can be read ({reason}); a GGUF file holds one: give it as tokenizer") from error
+        raise ValueError(
+            f"{label} has no tokenizer that can be read ({reason}); a GGUF file holds one: copy the "
+            "original's files there (in Python, it may also be given as tokenizer)"
+        ) from error
 
 
 def read_vocabulary(tokenizer: Any, size: int, config: PreTrainedConfig, pre_tokenizer: str | None = None) -> Vocabulary:

@@ -117,7 +117,7 @@ def test_embedded_texts_hold_every_domain_in_any_leading_part() -> None:
     assert len(texts) >= 20 and all(text.strip() for text in texts) and len(set(texts)) == len(texts)
     windows = load_windows(None, Bytes(), 512)
     assert windows.tokens == sum(len(text.encode()) + 1 for text in texts) and windows.tokens > 60_000
-    assert windows.source == "embedded multi-domain text"
+    assert windows.source == "awq-hf's embedded multi-domain text"
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,11 @@ def test_dry_run_without_a_token_says_what_is_known_here(hub: Hub, directory: Pa
 def test_dry_run_changes_nothing(hub: Hub, directory: Path, run: Run) -> None:
     done = run("push", directory, REPO, "--dry-run")
     assert done.status == 0 and hub.repos == {}
-    assert re.match(rf"Would upload 5 files \(\d\.\d MB\) to {hub.url}/{REPO}\n  README.md  ", done.out)
-    assert done.out.endswith(f"{REPO} does not exist yet; it would be created.\n")
+    assert (
+        re.match(rf"Would upload 5 files \(\d+(\.\d+)? [kM]B\) to {hub.url}/{REPO}\n  README.md  ", done.out) and "0.0 MB" not in done.out
+    )
+    assert done.out.endswith(f"{REPO} does not exist yet; it would be created, for everyone to see, unless --private is given.\n")
+    assert "would be created, for you alone (--private)" in run("push", directory, REPO, "--dry-run", "--private").out
     hub.create(REPO, files={"config.json": (directory / "config.json").read_bytes(), "README.md": b"# mine\n"})
     done = run("push", directory, REPO, "--dry-run", "--revision", "new", "--json")
     assert json.loads(done.out)["unchanged"] == ["config.json"] and json.loads(done.out)["kept"] == ["README.md"]
@@ -190,7 +193,7 @@ def test_command_line(hub: Hub, directory: Path, run: Run) -> None:
     done = run("push", directory, REPO, "--message", "by hand")
     lines = done.out.splitlines()
     assert (done.status, hub.repos[REPO].messages[-1]) == (0, "by hand")
-    assert lines[0].startswith("Uploaded 4 files (0.") and lines[0].endswith(f"{hub.url}/{REPO}")
+    assert lines[0].startswith("Uploaded 4 files (1") and lines[0].endswith(f"{hub.url}/{REPO}")
     assert "model-1.safetensors, of an earlier model there, was removed." in lines
     assert lines[-1] == "README.md there was written or edited by a person and is kept; --overwrite-card replaces it."
     assert run("push", directory, REPO).out.startswith(

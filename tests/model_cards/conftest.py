@@ -59,11 +59,13 @@ def write_compressed_tensors(path: Path) -> None:
     save_file(tensors, path / "model.safetensors")
 
 
-def write_gguf(path: Path, kind: gguf.GGMLQuantizationType, made: str | None = None) -> None:
+def write_gguf(path: Path, kind: gguf.GGMLQuantizationType, made: str | None = None, file_type: int | None = None) -> None:
     size, nbytes = gguf.GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(path, "llama")
     if made is not None:
         writer.add_description(made)
+    if file_type is not None:
+        writer.add_file_type(file_type)
     for block in range(BLOCKS):
         writer.add_tensor(f"blk.{block}.attn_q.weight", np.zeros((HIDDEN, HIDDEN // size * nbytes), np.uint8), raw_dtype=kind)
     writer.write_header_to_file()

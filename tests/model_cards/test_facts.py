@@ -19,7 +19,19 @@ from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.render import render
 
-from .conftest import COMMIT, CONFIG, HIDDEN, awq, evaluation, report, row, write_checkpoint, write_compressed_tensors, write_json
+from .conftest import (
+    COMMIT,
+    CONFIG,
+    HIDDEN,
+    awq,
+    evaluation,
+    report,
+    row,
+    write_checkpoint,
+    write_compressed_tensors,
+    write_gguf,
+    write_json,
+)
 
 
 def text_of(directory: Path, *arguments: str) -> str:
@@ -300,3 +312,10 @@ def test_missing_facts_come_with_what_to_do(full: Path, foreign: Path) -> None:
         what == "the quality of compressed-tensors, Tiny-Q6_K.gguf, Tiny-Q4_K_M.gguf"
         and how == f"awq-hf eval {full} --reference acme/Llama-2-Tiny@{COMMIT} --save"
     )
+
+
+def test_gguf_files_alone(tmp_path: Path) -> None:
+    """The mix that the file says it is, where its name does not; no advice to make an AWQ checkpoint."""
+    write_gguf(tmp_path / "ft.gguf", gguf.GGMLQuantizationType.Q4_K, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    assert "**GGUF Q4\\_K\\_M**<br>`ft.gguf`" in text_of(tmp_path)
+    assert [what for what, _ in missing(gather(tmp_path))] == ["which model of the Hub this was made from", "the quality of ft.gguf"]

@@ -101,16 +101,17 @@ def test_commands_name_what_is_there(repository: Path, repo_id: str | None) -> N
     lines = [shlex.split(line) for block in blocks(make_readme(repository, repo_id), "bash") for line in block.splitlines()]
     programs = [line[0] for line in lines]
     hub = bool(repo_id)
-    assert programs == ["vllm", "python3", *["hf"] * hub, "vllm", "llama-cli", *["ollama"] * hub, "awq-hf"]
+    assert programs == ["vllm", "python3", *["hf"] * hub, "vllm", "llama-cli", *["ollama"] * hub, *["hf"] * hub, "awq-hf"]
     assert lines[-1] == ["awq-hf", "quantize", "--recipe", "recipe.yaml", "OUT"] and (repository / "recipe.yaml").is_file()
-    places = {line[0]: line for line in lines}
+    assert not hub or lines[-2] == ["hf", "download", ID, "recipe.yaml", "--local-dir", "."]
+    places = {line[0]: line for line in reversed(lines)}
     if repo_id is None:
         above = repository.parent
         assert all((above / line[2]).exists() for line in lines if line[0] in ("vllm", "llama-cli"))
         assert (above / places["python3"][-1] / "config.json").is_file()
         return
     download = dict(zip(places["hf"], places["hf"][1:], strict=False))
-    assert [*repository.glob(download["--include"])] and places["vllm"][2] == f"{download['--local-dir']}/compressed-tensors"
+    assert [*repository.glob(download["--include"])] and lines[3][2] == f"{download['--local-dir']}/compressed-tensors"
     known = subprocess.run([Path(sys.executable).with_name("hf"), "download", "--help"], capture_output=True, text=True, check=True).stdout
     assert "--include" in known and "--local-dir" in known
     assert places["llama-cli"][-2:] == ["--hf-file", "tiny-Q4_K.gguf"] and places["ollama"][-1] == f"hf.co/{ID}:tiny-Q4_K.gguf"

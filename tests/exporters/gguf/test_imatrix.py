@@ -179,3 +179,8 @@ def test_nothing_is_written_of_what_is_refused(tmp_path: Path) -> None:
     write_imatrix(path, Imatrix({"a": ATTENTION}), overwrite=True)
     assert list(read_imatrix(path).entries) == ["a"] and [p.name for p in tmp_path.iterdir()] == ["i.gguf"]
     assert read_imatrix(path).datasets == ()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no importance matrix .*none.dat; give the file"):
+        read_imatrix(tmp_path / "none.dat")

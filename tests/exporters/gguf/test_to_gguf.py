@@ -332,7 +332,7 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(
         (quantized, dict(save_imatrix=matrices / "new"), ValueError, "new cannot be saved: only the search of a float model measures"),
         (model, dict(save_imatrix=narrow), ValueError, "narrow exists; choose another name"),
         (eight, {}, ValueError, r"down_proj.weight: no type of blocks holds its codes \(8 bits, .*\); F16 holds"),
-        (model, dict(tokenizer=None), ValueError, "has no tokenizer that can be read .*: give it as tokenizer"),
+        (model, dict(tokenizer=None), ValueError, "has no tokenizer that can be read .*: copy the original's files there"),
         (model, dict(metadata={"licence": "x"}), ValueError, "metadata has no field 'licence'"),
         (model, dict(shards=3), TypeError, "shards"),
     ):
