@@ -39,6 +39,7 @@ NAMES: dict[tuple[str, ...], dict[bool, str]] = {
     ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"): {False: "deepseek-coder"},
 }
 
+KNOWN = {"default", *(name for names in NAMES.values() for name in names.values())}
 WITHOUT_MARKS = ("tekken", "gpt-4o")  # llama.cpp's versions do not take combining marks for parts of words
 
 

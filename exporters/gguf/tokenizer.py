@@ -19,7 +19,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from awq_hf.exporters.gguf.pretokenizers import WITHOUT_MARKS, find_pre_tokenizer
+from awq_hf.exporters.gguf.pretokenizers import KNOWN, WITHOUT_MARKS, find_pre_tokenizer
 from awq_hf.wording import option
 
 logger = logging.getLogger("awq_hf")
@@ -86,6 +86,12 @@ def read_vocabulary(tokenizer: Any, size: int, config: PreTrainedConfig, pre_tok
     content = json.loads(backend.to_str())
     tokens = _tokens(backend, size)
     kind = _kind_of(content)
+    if pre_tokenizer is not None and pre_tokenizer not in KNOWN:
+        logger.warning(
+            "whether llama.cpp has a pre-tokenizer %r is not known here, and it loads no file that names one which it does not have: "
+            "try the file before you publish it",
+            pre_tokenizer,
+        )
     if kind == "gpt2":
         vocabulary = Vocabulary(kind, pre_tokenizer or find_pre_tokenizer(backend), tokens, _types(backend, tokens))
         if vocabulary.pre_tokenizer in WITHOUT_MARKS:

@@ -220,6 +220,14 @@ def test_whether_merges_are_skipped_matters_only_where_tokens_show_it(byte_level
     assert fields(write(checkpoint, unreached, tmp_path, pre_tokenizer="qwen2"))["tokenizer.ggml.pre"] == "qwen2"
 
 
+def test_a_name_that_llama_cpp_may_not_know_is_remarked_on(
+    checkpoint: Checkpoint, byte_level: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("qwen2", "nonsense"):
+        assert fields(write(checkpoint, byte_level(), tmp_path / name, pre_tokenizer=name))["tokenizer.ggml.pre"] == name
+    assert [record.args for record in caplog.records] == [("nonsense",)]
+
+
 def _drop_pair(content: dict[str, Any]) -> None:
     ways: dict[str, list[int]] = {}
     for number, (left, right) in enumerate(content["model"]["merges"]):
