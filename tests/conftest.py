@@ -173,6 +173,17 @@ def demo_dir() -> Path:
     return Path(awq_hf.__file__).parent / "data" / "demo"
 
 
+@pytest.fixture(scope="session")
+def two_blocks(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration model with the first two of its four blocks, and its tokenizer: half the time, where more would prove no more."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("demo") / "model"
+    AutoModelForCausalLM.from_pretrained(demo_dir / "model", num_hidden_layers=2).save_pretrained(path)
+    AutoTokenizer.from_pretrained(demo_dir / "model").save_pretrained(path)
+    return path
+
+
 class CommandResult(NamedTuple):
     status: int
     out: str

@@ -23,9 +23,9 @@ PLAIN = [*QUICK, "--rounding", "nearest"]
 Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def model(demo_dir: Path) -> Path:
-    return demo_dir / "model"
+@pytest.fixture
+def model(two_blocks: Path) -> Path:
+    return two_blocks
 
 
 def is_one_error(result: Any, *parts: str) -> bool:
@@ -59,7 +59,7 @@ def test_quantize(run: Run, model: Path, demo_dir: Path, tmp_path: Path) -> None
     ]
     result = run("quantize", model, tmp_path / "out", *QUICK, *options, "--device", "cpu", "--dtype", "float32")
     assert result.status == 0, result.err
-    assert "24 layers quantized to 3 bits" in result.out and "awq-hf eval" in result.out
+    assert "12 layers quantized to 3 bits" in result.out and "awq-hf eval" in result.out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     stored = config["quantization_config"]
     assert (stored["bits"], stored["group_size"], stored["zero_point"], stored["version"]) == (3, 64, False, "awq_hf")
@@ -67,7 +67,7 @@ def test_quantize(run: Run, model: Path, demo_dir: Path, tmp_path: Path) -> None
     recipe = json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]
     assert (recipe["seed"], recipe["samples"], recipe["seq_len"], recipe["skip"]) == (4, 2, 32, ["o_proj"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert sum(isinstance(module, AwqLinear) for module in loaded.modules()) == 24
+    assert sum(isinstance(module, AwqLinear) for module in loaded.modules()) == 12
 
 
 def test_quantize_prints_the_report_as_json(run: Run, model: Path, tmp_path: Path) -> None:

@@ -31,8 +31,13 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def model(demo_dir: Path) -> Path:
-    return demo_dir / "model"
+def model(tiny_llama: Callable[..., Any], demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that is quantized in a second, with a tokenizer."""
+    path = tmp_path_factory.mktemp("one-run") / "model"
+    tiny_llama(vocab_size=1024, hidden_size=256, intermediate_size=256, max_position_embeddings=512).save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo_dir / "model" / file, path / file)
+    return path
 
 
 @pytest.fixture
@@ -61,13 +66,13 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_all_in_one_run(
-    run: Run, model: Path, pushes: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_dir: Path
+    run: Run, two_blocks: Path, pushes: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_dir: Path
 ) -> None:
     text, out = tmp_path / "held out.txt", tmp_path / "out"
     text.write_text((demo_dir / "evaluation.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
     exports = [word for target in ("gguf", "gguf:Q8_0", "gptq", "dense:float16") for word in ("--export", target)]
     arguments = [*PLAIN, *exports, "--text", text, "--push", "me/model-AWQ", "--private", "--base-model", "me/model"]
-    result = run("quantize", model, out, *arguments)
+    result = run("quantize", two_blocks, out, *arguments)
     assert result.status == 0, result.err
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert {"model-AWQ-Q4_K_S.gguf", "model-Q8_0.gguf", "gptq/model.safetensors", "dense/model.safetensors"} <= files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import yaml
 Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def model(demo_dir: Path) -> Path:
-    return demo_dir / "model"
+@pytest.fixture
+def model(two_blocks: Path, demo_dir: Path, tmp_path: Path) -> Path:
+    """In a folder where the text to calibrate on is, too."""
+    shutil.copyfile(demo_dir / "calibration.txt", tmp_path / "calibration.txt")
+    return Path(shutil.copytree(two_blocks, tmp_path / "model"))
 
 
-def test_a_recipe_repeats_the_run(run: Run, model: Path, demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_repeats_the_run(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     options = [
         "--bits",
@@ -33,14 +36,14 @@ def test_a_recipe_repeats_the_run(run: Run, model: Path, demo_dir: Path, tmp_pat
         "--override",
         "layers.0=float",
     ]
-    calibration = ["--calibration", demo_dir / "calibration.txt", "--seed", 5, "--samples", 4, "--seq-len", 32]
+    calibration = ["--calibration", tmp_path / "calibration.txt", "--seed", 5, "--samples", 4, "--seq-len", 32]
     assert run("quantize", model, first, *options, *calibration, "--dtype", "float32", "--export", "gptq").status == 0
     recipe = yaml.safe_load((first / "recipe.yaml").read_text())
     expected = {"model": "./model", "dtype": "float32", "export": ["gptq"], "bits": 3, "group_size": 64, "zero_point": False}
     overrides = {"down_proj": {"bits": 8}, "layers.0": None}
     expected |= {"modules_to_not_convert": ["o_proj"], "overrides": overrides, "calibration": "calibration.txt"}
     assert recipe == {**expected, "samples": 4, "seq_len": 32, "seed": 5}
-    monkeypatch.chdir(demo_dir)  # where both the model and the text are
+    monkeypatch.chdir(tmp_path)  # where both the model and the text are
     assert run("quantize", "--recipe", first / "recipe.yaml", second).status == 0
     for file in ("model.safetensors", "config.json", "recipe.yaml", "gptq/model.safetensors"):
         assert (first / file).read_bytes() == (second / file).read_bytes(), file

@@ -27,7 +27,8 @@ def text_of(console: Console) -> str:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(two_blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MODEL", two_blocks)
     monkeypatch.setattr(demo, "SAMPLES", 2)
     monkeypatch.setattr(demo, "SEQ_LEN", 32)
     monkeypatch.setattr(demo, "EVALUATION_TOKENS", 640)
@@ -37,10 +38,10 @@ def test_goes_the_whole_way(quick: None, console: Console, tmp_path: Path) -> No
     bits, group_size = 3, 64
     demo.run(tmp_path / "out", bits, group_size, console)
     said = text_of(console)
-    for part in (f"{bits} bits", f"group_size={group_size}", "28 layers", "plain rounding", "640 tokens", "equal to the last bit"):
+    for part in (f"{bits} bits", f"group_size={group_size}", "14 layers", "plain rounding", "640 tokens", "equal to the last bit"):
         assert part in said, part
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert sum(isinstance(module, AwqLinear) for module in model.modules()) == 28
+    assert sum(isinstance(module, AwqLinear) for module in model.modules()) == 14
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["recipe"]["spec"] == {"bits": bits, "group_size": group_size, "symmetric": False}
     assert report["calibration"]["source"] == "calibration.txt"

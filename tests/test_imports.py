@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,41 +174,44 @@ def test_the_package_does_not_import_itself_in_a_circle() -> None:
 
 # In a process of its own
 
+IMPORTING = """
+import json, logging, os, sys, warnings, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.quantizers import auto
 
-def python(code: str) -> list[str]:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent)
+def environment():
+    return {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}  # torch's own doing
+
+def state():
+    settings = torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), logging.root.level
+    table = {name: kind for name, kind in auto.AUTO_QUANTIZER_MAPPING.items() if name != "awq"}
+    return environment(), settings, warnings.filters[:], transformers.logging.get_verbosity(), list(auto.AUTO_QUANTIZER_MAPPING), table
+
+before, modules = state(), set(sys.modules)
+import awq_hf
+found = {"state kept": state() == before, "quantizer": auto.AUTO_QUANTIZER_MAPPING["awq"].__module__}
+found["new modules"] = sorted(set(sys.modules) - modules)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What it is like to import awq_hf where a user has imported what they use of transformers."""
+    command = [sys.executable, "-c", IMPORTING]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent)
     assert result.returncode == 0, result.stderr
-    return result.stdout.split()
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
 
 
-def test_import_adds_little_to_what_every_user_imports() -> None:
+def test_import_adds_little_to_what_every_user_imports(imported: dict[str, Any]) -> None:
     """Measured in modules, since those of others are what takes seconds: no triton, no terminal, no model code."""
-    code = (
-        "import sys\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel\n"
-        "before = set(sys.modules)\n"
-        "import awq_hf\n"
-        "new = set(sys.modules) - before\n"
-        "print(*new & {'awq_hf.cli', 'awq_hf.demo', 'triton', 'rich', 'typer', 'datasets', 'torch._dynamo', 'torch._inductor'})\n"
-        "print(*(name for name in new if name.startswith('transformers.models.')))\n"
-    )
-    assert python(code) == []
+    new = set(imported["new modules"])
+    assert "awq_hf.config" in new
+    assert not new & {"awq_hf.cli", "awq_hf.demo", "triton", "rich", "typer", "datasets", "torch._dynamo", "torch._inductor"}
+    assert [name for name in new if name.startswith("transformers.models.")] == []
 
 
-def test_import_touches_nothing_but_the_registration() -> None:
-    code = (
-        "import os, warnings, logging, torch, transformers\n"
-        "from transformers.quantizers import auto\n"
-        "environment = lambda: {k: v for k, v in os.environ.items() if not k.startswith('TORCHINDUCTOR')}  # torch's own doing\n"
-        "state = lambda: (environment(), torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(),\n"
-        "    warnings.filters[:], logging.root.level, transformers.logging.get_verbosity(), list(auto.AUTO_QUANTIZER_MAPPING))\n"
-        "tables = lambda: {k: v for k, v in auto.AUTO_QUANTIZER_MAPPING.items() if k != 'awq'}\n"
-        "before = state(), tables()\n"
-        "import awq_hf\n"
-        "print((state(), tables()) == before, auto.AUTO_QUANTIZER_MAPPING['awq'].__module__)\n"
-    )
-    assert python(code) == ["True", "awq_hf.hf_quantizer"]
-
-
-def test_transformers_does_not_import_the_package() -> None:
-    assert python("import sys; from transformers import LlamaForCausalLM; print('awq_hf' in sys.modules)") == ["False"]
+def test_import_touches_nothing_but_the_registration(imported: dict[str, Any]) -> None:
+    assert imported["state kept"] and imported["quantizer"] == "awq_hf.hf_quantizer"

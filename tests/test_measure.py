@@ -23,8 +23,8 @@ OVERRIDES = {"down_proj": {"bits": 3, "group_size": 64}, "layers.1.self_attn": N
 
 
 @pytest.fixture(scope="module")
-def original(demo_dir: Path) -> Path:
-    return demo_dir / "model"
+def original(two_blocks: Path) -> Path:
+    return two_blocks
 
 
 @pytest.fixture(scope="module")

@@ -96,11 +96,11 @@ def test_help_of_gguf_and_of_all(optimum: Run, run: Run, monkeypatch: pytest.Mon
     assert "--install-completion" not in everything  # a shell completes optimum-cli, not this
 
 
-def test_quantize_and_export(optimum: Run, demo_dir: Path, tmp_path: Path, run: Run) -> None:
+def test_quantize_and_export(optimum: Run, two_blocks: Path, tmp_path: Path, run: Run) -> None:
     quantize = ("--samples", 2, "--seq-len", 32, "--rounding", "nearest", "--bits", 4)
-    assert optimum("awq", "quantize", demo_dir / "model", tmp_path / "awq", *quantize)[0] == 0
+    assert optimum("awq", "quantize", two_blocks, tmp_path / "awq", *quantize)[0] == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "awq")
-    assert sum(isinstance(module, AwqLinear) for module in loaded.modules()) == 28
+    assert sum(isinstance(module, AwqLinear) for module in loaded.modules()) == 14
     for folder in ("ours", "theirs"):
         (tmp_path / folder).mkdir()
     status, shown = optimum("export", "gguf", tmp_path / "awq", tmp_path / "theirs" / "a.gguf", "--type", "Q4_K_M")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -149,18 +151,37 @@ def test_the_wheel_says_what_it_needs_and_starts(wheel: Path) -> None:
     assert "awq-hf = awq_hf.cli:main" in scripts
 
 
-def test_installed_it_finds_its_modules_and_data(installed: Path, tmp_path: Path) -> None:
-    code = (
-        "import awq_hf, pathlib, sys\n"
-        "from awq_hf import cli, demo\n"
-        "from awq_hf.kernels import layout\n"
-        "from awq_hf.calibration.data import embedded_texts\n"
-        "here = pathlib.Path(sys.argv[1])\n"
-        "files = [awq_hf.__file__, layout.__file__, demo.MODEL / 'model.safetensors', demo.EVALUATION]\n"
-        "print(all(pathlib.Path(f).is_relative_to(here) and pathlib.Path(f).is_file() for f in files), len(embedded_texts()) > 20)\n"
-        "print(awq_hf.__version__)\n"
-    )
-    assert python("-c", code, installed, cwd=tmp_path, path=installed).split() == ["True", "True", metadata.version("awq-hf")]
+IMPORTED = f"""
+import importlib.util, json, pathlib, sys
+import awq_hf
+from awq_hf import cli, demo
+from awq_hf.calibration.data import embedded_texts
+from awq_hf.kernels import layout
+from jinja2 import PackageLoader
+
+here = pathlib.Path(sys.argv[1])
+files = [awq_hf.__file__, layout.__file__, demo.MODEL / "model.safetensors", demo.EVALUATION]
+found = {{"elsewhere": [str(file) for file in files if not (pathlib.Path(file).is_relative_to(here) and pathlib.Path(file).is_file())]}}
+found |= {{"version": awq_hf.__version__, "texts": len(embedded_texts())}}
+found["templates"] = PackageLoader("awq_hf.model_cards").list_templates()
+found["bare"] = [name for name in {FOLDERS} if (spec := importlib.util.find_spec(name)) and not spec.origin]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process finds that imports it from where it was installed."""
+    found: dict[str, Any] = json.loads(python("-c", IMPORTED, installed, cwd=tmp_path_factory.mktemp("empty"), path=installed))
+    return found
+
+
+def test_installed_it_finds_its_modules_and_data(imported: dict[str, Any]) -> None:
+    assert imported["elsewhere"] == [] and imported["texts"] > 20 and imported["version"] == metadata.version("awq-hf")
+
+
+def test_templates_of_model_cards_are_found_where_it_is_installed(imported: dict[str, Any]) -> None:
+    assert imported["templates"] == sorted(path.name for path in (ROOT / "model_cards" / "templates").iterdir())
 
 
 def test_its_programs_run_in_an_environment_of_their_own(wheel: Path, tmp_path: Path, hub: Hub) -> None:
@@ -217,23 +238,21 @@ def test_an_editable_install_registers_the_commands_of_optimum(checkout: Path, t
     assert "gguf" in python(*arguments, "export", "--help", cwd=tmp_path)
 
 
-def test_no_bare_names_are_importable(installed: Path, tmp_path: Path) -> None:
+def test_no_bare_names_are_importable(imported: dict[str, Any], tmp_path: Path) -> None:
     """`kernels` is the import name of a Hugging Face package that transformers looks for."""
+    assert imported["bare"] == []
     code = f"import importlib.util, awq_hf; print(*(n for n in {FOLDERS} if (s := importlib.util.find_spec(n)) and not s.origin))"
-    assert python("-c", code, cwd=tmp_path, path=installed) == ""
-    assert python("-c", code, cwd=tmp_path) == ""  # and of the environment that runs these tests
+    assert python("-c", code, cwd=tmp_path) == ""  # of the environment that runs these tests
 
 
-def test_transformers_works_from_the_repository_root() -> None:
+def test_transformers_works_from_the_repository_root_and_does_not_import_the_package() -> None:
     """There the folder `kernels` is on sys.path; without an __init__.py it does not pass for the package of that name."""
-    code = "from transformers import LlamaForCausalLM; from transformers.utils import is_kernels_available; print(is_kernels_available())"
-    if not any(distribution.name == "kernels" for distribution in metadata.distributions()):
-        assert python("-c", code, cwd=ROOT) == "False"
-    else:
-        python("-c", code, cwd=ROOT)
-
-
-def test_templates_of_model_cards_are_found_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
-    code = "from jinja2 import PackageLoader; print(*PackageLoader('awq_hf.model_cards').list_templates())"
-    names = sorted(path.name for path in (ROOT / "model_cards" / "templates").iterdir())
-    assert python("-c", code, cwd=tmp_path, path=installed).split() == names
+    code = (
+        "import sys\n"
+        "from transformers import LlamaForCausalLM\n"
+        "from transformers.utils import is_kernels_available\n"
+        "print(is_kernels_available(), 'awq_hf' in sys.modules)\n"
+    )
+    installed = any(distribution.name == "kernels" for distribution in metadata.distributions())
+    available, imported = python("-c", code, cwd=ROOT).split()
+    assert (available == "False" or installed) and imported == "False"

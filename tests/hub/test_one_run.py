@@ -21,9 +21,9 @@ OPTIONS = ("--samples", 2, "--seq-len", 32, "--rounding", "nearest", "--device",
 
 
 @pytest.fixture
-def base(hub: Hub) -> str:
-    """The demonstration model in a repository; the commit that is asked for is not the newest."""
-    files = {path.name: path.read_bytes() for path in demo.MODEL.iterdir()} | {"README.md": CARD}
+def base(hub: Hub, two_blocks: Path) -> str:
+    """Two blocks of the demonstration model in a repository; the commit that is asked for is not the newest."""
+    files = {path.name: path.read_bytes() for path in two_blocks.iterdir()} | {"README.md": CARD}
     repo = hub.create("maker/tiny", files=files)
     commit = repo.sha("main")
     assert commit is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +23,15 @@ from triton.compiler import ASTSource
 from awq_hf.kernels import dequantize, experts, gemm, gemv, jit, reduce, tuning
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CHIPS = (80, 90, 100)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that programs may have (CUDA C programming guide, compute capabilities)
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DTYPES = list(NAMES)
+
+
+def alternating(values: Sequence[Any]) -> list[tuple[int, torch.dtype, Any]]:
+    """Every one of `values` for every chip. The dtypes take turns: each chip meets both, and so does each value."""
+    return [(sm, DTYPES[(1 + i + j) % 2], value) for i, sm in enumerate(CHIPS) for j, value in enumerate(values)]
 
 
 class Compiled(NamedTuple):
@@ -86,8 +93,7 @@ def check_resources(code: Compiled, sm: int, warps: int, programs: int) -> None:
     assert code.count(r"(RED|ATOMG?)(\.|$)") == 0, "atomics make results depend on timing"
 
 
-@pytest.mark.parametrize("config", [config for _, config in tuning.GEMV], ids=str)
-@pytest.mark.parametrize("sm, dtype", [(80, torch.float16), (90, torch.float16), (90, torch.bfloat16), (100, torch.bfloat16)])
+@pytest.mark.parametrize("sm, dtype, config", alternating([config for _, config in tuning.GEMV]), ids=str)
 def test_gemv(sm: int, dtype: torch.dtype, config: tuning.GemvConfig) -> None:
     code = compile_gemv(sm, dtype, 128, config)
     check_resources(code, sm, config.warps, 16 // config.warps)  # 128 registers
@@ -126,8 +132,7 @@ def check_tensor_core(code: Compiled, sm: int, config: tuning.GemmConfig, bits: 
     assert code.count(r"LDGSTS\.E\.BYPASS\.128") > 0 and code.count(r"LDGSTS\.E ?$") == 0, "x or W is copied in pieces below 8 bytes"
 
 
-@pytest.mark.parametrize("config", [config for _, config in tuning.GEMM], ids=str)
-@pytest.mark.parametrize("sm, dtype", [(80, torch.float16), (90, torch.float16), (90, torch.bfloat16), (100, torch.bfloat16)])
+@pytest.mark.parametrize("sm, dtype, config", alternating([config for _, config in tuning.GEMM]), ids=str)
 def test_gemm(sm: int, dtype: torch.dtype, config: tuning.GemmConfig) -> None:
     code = compile_gemm(sm, dtype, 128, config, split=config.bm < 64)
     check_resources(code, sm, config.warps, 1 if config.warps == 8 else 2)
@@ -144,8 +149,7 @@ def test_gemm_of_other_groups(group: int) -> None:
     check_tensor_core(code, 90, config)
 
 
-@pytest.mark.parametrize("tokens", [8, 512])
-@pytest.mark.parametrize("sm, dtype", [(80, torch.bfloat16), (90, torch.float16), (90, torch.bfloat16), (100, torch.bfloat16)])
+@pytest.mark.parametrize("sm, dtype, tokens", alternating([8, 512]), ids=str)
 def test_gemm_of_8_bits(sm: int, dtype: torch.dtype, tokens: int) -> None:
     config = tuning.gemm_config(tokens)
     code = compile_gemm(sm, dtype, 128, config, bits=8, split=config.bm < 64)
@@ -166,10 +170,9 @@ def test_experts(sm: int, dtype: torch.dtype, bits: int, tokens: int) -> None:
     check_tensor_core(code, sm, config, bits)
 
 
-CHIPS = [(80, torch.float16, 32, 4), (90, torch.bfloat16, 128, 4), (100, torch.bfloat16, 128, 8)]
-
-
-@pytest.mark.parametrize("sm, dtype, group, bits", CHIPS)
+@pytest.mark.parametrize(
+    "sm, dtype, group, bits", [(80, torch.float16, 32, 4), (90, torch.bfloat16, 128, 4), (100, torch.bfloat16, 128, 8)]
+)
 def test_dequantize(sm: int, dtype: torch.dtype, group: int, bits: int) -> None:
     types = ("*i32", "*fp16", "*u8", f"*{NAMES[dtype]}", *["i32"] * 5)
     constants, options = dequantize.constants(bits, group), dequantize.OPTIONS

@@ -6,9 +6,10 @@ output dtype holds come out bit for bit whatever the order of the sums.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -35,6 +36,18 @@ SHAPES = [
     (8, 512, 512),
 ]
 TOKENS = [1, 8, 9, 17, 33, 65, 129]  # whole and partial tiles of every bucket
+
+
+def covering(values: Sequence[Any], *pairs: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Two cases for each of `values`, which meet both of every pair: one the other's opposite, and which two, in turn. Any two values of
+    different arguments meet in some case. The interpreter takes seconds for what a GPU does in no time: there, all combinations."""
+    if not jit.INTERPRETED:
+        return [*itertools.product(values, *pairs)]
+    choices = itertools.cycle(itertools.product((0, 1), repeat=len(pairs) - 1))
+    cases = []
+    for value, choice in zip(values, choices, strict=False):
+        cases += [(value, *(pair[at ^ opposite] for pair, at in zip(pairs, (0, *choice), strict=True))) for opposite in (0, 1)]
+    return cases
 
 
 MARGIN = 1 << 16  # values
@@ -115,9 +128,7 @@ class Case:
         return y.to(self.x.dtype)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, dtype, bits", covering(SHAPES, DTYPES, BITS), ids=str)
 def test_gemv(shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
     case = Case(*shape, 1, dtype, bits, nonzero=shape[1])
     assert gemv.supports(case.problem) is None
@@ -134,16 +145,13 @@ def test_gemv_of_an_unaligned_view() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_gemv_reads_a_row_in_several_steps(bits: int) -> None:
-    case = Case(24, 512, 64, 1, torch.float16, bits, nonzero=512)
-    for rows, quads in ((1, 8), (16, 4)):
+    for n, rows, quads in ((8, 1, 8), (24, 16, 4)):
+        case = Case(n, 512, 64, 1, torch.float16, bits, nonzero=512)
         config = tuning.GemvConfig(warps=1, stages=1, rows=rows, quads=quads)
         assert torch.equal(gemv.gemv(case.x, *case.weight, case.bias, bits, config), case.expected)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, dtype, bits, splits", covering(SHAPES, DTYPES, BITS, (1, 3)), ids=str)
 def test_gemm(shape: tuple[int, int, int], dtype: torch.dtype, bits: int, splits: int) -> None:
     case = Case(*shape, 5, dtype, bits, symmetric=shape[1] == 384)
     assert gemm.supports(case.problem) is None
@@ -172,10 +180,12 @@ def test_dequantize_whole_and_in_part(shape: tuple[int, int, int], dtype: torch.
         assert torch.equal(part, expected[:, start : start + columns])
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 20])  # bytes: the least rows and columns, and all
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(72, 160, 32), (136, 384, 128), (40, 200, 200)])
+CHUNKS = (1, 1 << 20)  # bytes: the least rows and columns, and all
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, bits, chunk", covering([(72, 160, 32), (136, 384, 128), (40, 200, 200)], DTYPES, BITS, CHUNKS), ids=str
+)
 def test_products_with_the_dense_matrix(
     shape: tuple[int, int, int], dtype: torch.dtype, bits: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,10 +201,9 @@ def test_products_with_the_dense_matrix(
 COUNTS = [[0, 5, 0, 1, 17], [0, 0, 23, 0, 0], [16, 8, 24, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, bits", [((72, 160, 32), 8), ((40, 256, 128), 4)])
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_experts(counts: list[int], shape: tuple[int, int, int], dtype: torch.dtype, bits: int) -> None:
+@pytest.mark.parametrize("counts, dtype, kind", covering(COUNTS, DTYPES, [((72, 160, 32), 8), ((40, 256, 128), 4)]), ids=str)
+def test_experts(counts: list[int], dtype: torch.dtype, kind: tuple[tuple[int, int, int], int]) -> None:
+    shape, bits = kind
     cases = [Case(*shape, max(1, count), dtype, bits, seed=expert) for expert, count in enumerate(counts)]
     assert experts.supports(cases[0].problem) is None
     weight = KernelWeight(*(torch.stack(part) for part in zip(*(case.weight for case in cases), strict=True)))
@@ -227,6 +236,13 @@ def test_unread_padding_of_the_last_block_may_be_anything() -> None:
     case.weight.words[:, 16:] |= ~0x000F000F  # all but fields 0 of both halves, which are the row's last 32 columns
     assert torch.equal(gemm.gemm(case.x, *case.weight, case.bias), case.expected)
     assert torch.equal(gemv.gemv(case.x[:1], *case.weight, case.bias), case.expected[:1])
+
+
+@pytest.mark.parametrize("count, pairs", [(9, 2), (9, 3), (5, 2), (3, 3)])
+def test_any_two_values_of_different_arguments_meet(count: int, pairs: int) -> None:
+    cases = covering(range(count), *[("a", "b")] * pairs)
+    for one, other in itertools.combinations(range(1 + pairs), 2):
+        assert len({(case[one], case[other]) for case in cases}) == (2 * count if one == 0 else 4)
 
 
 def test_what_runs_the_kernels() -> None:

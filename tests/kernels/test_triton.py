@@ -1,6 +1,6 @@
 """The Triton kernels: numbers from the interpreter and from an executor of the compiled PTX, gates on compiled code and on launches; none
-needs a GPU (tests/gpu does). Whether triton interprets is settled when it is imported, so that each runs in a process of its own, and the
-rest of the suite sees neither."""
+needs a GPU (tests/gpu does). Whether triton interprets is settled when it is imported, so that those which it interprets and those which it
+compiles run in a process each, and the rest of the suite sees neither."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file, interpret", [("numerics.py", "1"), ("executed.py", "0"), ("compiled.py", "0"), ("launched.py", "0")])
-def test_kernels(file: str, interpret: str, tmp_path: Path) -> None:
-    pytest_options = ("-q", "-x", "--noconftest", "-p", "no:cacheprovider")
-    run = python("-m", "pytest", *pytest_options, str(HERE / file), TRITON_INTERPRET=interpret, TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("interpret, files", [("1", ["numerics.py"]), ("0", ["launched.py", "executed.py", "compiled.py"])])
+def test_kernels(interpret: str, files: list[str], tmp_path: Path) -> None:
+    arguments = ("-q", "-x", "--noconftest", "-p", "no:cacheprovider", *(str(HERE / file) for file in files))
+    run = python("-m", "pytest", *arguments, TRITON_INTERPRET=interpret, TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
 
 
@@ -35,23 +35,19 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # importing it raises ImportError
 import torch
-from awq_hf.kernels import gemm, gemv, reduce, tuning
-problem = tuning.Problem(m=1, n=8, k=128, groups=1, dtype=torch.float16)
-print(gemm.supports(problem), gemv.supports(problem), sep="\\n")
+from awq_hf.kernels import gemm, gemv, jit, tuning
+problem = lambda **changed: tuning.Problem(**{**dict(m=1, n=64, k=384, groups=3, dtype=torch.float16), **changed})
+print(gemm.supports(problem()), gemv.supports(problem()), sep="\\n")
 weight = torch.zeros(8, 16, dtype=torch.int32), torch.ones(8, 1).half(), torch.zeros(8, 1, dtype=torch.uint8)
 for kernel in (gemv.gemv, gemm.gemm):
     try:
         kernel(torch.ones(1, 128).half(), *weight)
     except ImportError as error:
         print(error)
+jit.triton = object()  # the other reasons are given by the problem alone
+print(gemm.supports(problem()), gemv.supports(problem(bits=8)), gemv.supports(problem(m=2)), sep="\\n")
 """
-
-
-def test_modules_import_without_triton_and_say_what_is_missing() -> None:
-    run = python("-c", WITHOUT_TRITON)
-    assert run.stdout.splitlines() == ["triton is not installed, and this kernel is written in it: pip install triton"] * 4, run.stderr
-
-
+MISSING = "triton is not installed, and this kernel is written in it: pip install triton"
 REFUSED: list[tuple[dict[str, object], str]] = [
     (dict(bits=3), "read 4 or 8 bits, not 3"),
     (dict(dtype=torch.float32), "takes float16 and bfloat16, not float32"),
@@ -63,21 +59,16 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     (dict(n=1 << 26, k=1000, groups=1), "does not fit the kernel's 32-bit offsets"),  # with the last block's padding
     (dict(m=1 << 22, n=8, k=32, groups=1), "takes up to 2097152 tokens, not 4194304"),
 ]
-SUPPORTS = """
-import torch
-from awq_hf.kernels import gemm, gemv, jit, tuning
-jit.triton = jit.triton or object()  # the other reasons are given where triton is missing, too
-problem = lambda **changed: tuning.Problem(**{**dict(m=1, n=64, k=384, groups=3, dtype=torch.float16), **changed})
-print(gemm.supports(problem()), gemv.supports(problem(bits=8)), gemv.supports(problem(m=2)), sep="\\n")
-"""
 
 
-def test_problems_that_no_kernel_takes_are_refused_with_the_reason() -> None:
+def test_modules_import_without_triton_and_kernels_say_what_they_do_not_take() -> None:
     printed = "\n".join(
         f"print(gemm.supports(problem(**{changes!r})), gemv.supports(problem(**{changes!r})), sep='|')" for changes, _ in REFUSED
     )
-    run = python("-c", SUPPORTS + printed)
-    accepted, lines = run.stdout.splitlines()[:3], run.stdout.splitlines()[3:]
+    run = python("-c", WITHOUT_TRITON + printed)
+    said = run.stdout.splitlines()
+    missing, accepted, lines = said[:4], said[4:7], said[7:]
+    assert missing == [MISSING] * 4, run.stderr
     assert accepted == ["None", "None", "the kernel multiplies 1 token, not 2"], run.stderr
     assert len(lines) == len(REFUSED)
     for line, (changes, reason) in zip(lines, REFUSED, strict=True):

@@ -25,28 +25,28 @@ def blocks(card: bytes, language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def repository(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """acme/tiny: the demonstration model with its tokenizer, AWQ in the root, exports beside it."""
+def repository(two_blocks: Path, demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """acme/tiny: two blocks of the demonstration model with its tokenizer, AWQ in the root, exports beside it."""
     import awq_hf
     from awq_hf.to_gguf import to_gguf
 
     path = tmp_path_factory.mktemp("snippets") / ID
     path.parent.mkdir()
     text = demo_dir / "calibration.txt"
-    awq_hf.quantize(demo_dir / "model", awq_hf.AwqConfig.plain_rounding(calibration=text, samples=4, seq_len=64), output_dir=path)
+    awq_hf.quantize(two_blocks, awq_hf.AwqConfig.plain_rounding(calibration=text, samples=4, seq_len=64), output_dir=path)
     awq_hf.export(path, "compressed-tensors", path / "compressed-tensors")
     to_gguf(path, path / "tiny-Q4_K.gguf", progress=False)
     return path
 
 
 @pytest.fixture(scope="module")
-def three_bit_repository(demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three_bit_repository(two_blocks: Path, demo_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import awq_hf
 
     path = tmp_path_factory.mktemp("three") / ID
     path.parent.mkdir()
     config = awq_hf.AwqConfig.plain_rounding(bits=3, calibration=demo_dir / "calibration.txt", samples=4, seq_len=64)
-    awq_hf.quantize(demo_dir / "model", config, output_dir=path)
+    awq_hf.quantize(two_blocks, config, output_dir=path)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,23 @@ def build(
     return make
 
 
+@pytest.fixture(scope="module")
+def exported(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any, Path]]:
+    """exported(name): a model of MODELS, its tokenizer, and the file with its weights as F32. The checkpoint is at "model" beside it."""
+
+    @functools.cache
+    def make(name: str) -> tuple[Any, Any, Path]:
+        path = tmp_path_factory.mktemp("exported")
+        model, tokenizer = build(name, path / "model")
+        (file,) = export(open_checkpoint(path / "model"), path / "model.gguf", type="F32", progress=False)
+        return model, tokenizer, file
+
+    return make
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_computes_what_transformers_does(
-    name: str, build: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path
-) -> None:
-    model, tokenizer = build(name, tmp_path / "model")
-    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type="F32", progress=False)
+def test_llama_cpp_computes_what_transformers_does(name: str, exported: Any, runtime: Any, divergence: Any, texts: list[str]) -> None:
+    model, tokenizer, file = exported(name)
     llama = runtime(file, context=256)  # not above what longrope calls original: llama.cpp decides by the context, transformers by the text
     tokens = tokenizer(texts[0]).input_ids
     assert llama.tokenize(texts[0]) == tokens
@@ -117,9 +129,8 @@ def test_of_a_model_that_sees_images_the_text_model_is_exported(
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("mistral", "mixtral")])  # its reader knows neither
-def test_transformers_reads_the_same_bits(name: str, build: Any, tmp_path: Path) -> None:
-    model, _ = build(name, tmp_path / "model")
-    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type="F32", progress=False)
+def test_transformers_reads_the_same_bits(name: str, exported: Any) -> None:
+    model, _, file = exported(name)
     found = type(model).from_pretrained(file.parent, gguf_file=file.name, config=model.config, dtype=torch.float32)
     expected = model.state_dict()
     for key, tensor in found.state_dict().items():
@@ -130,17 +141,16 @@ def test_transformers_reads_the_same_bits(name: str, build: Any, tmp_path: Path)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 @pytest.mark.parametrize(("kind", "bound"), [("F16", 1e-5), ("BF16", 1e-3), ("Q8_0", 1e-2)])
 def test_rounded_types_stay_close(
-    name: str, kind: str, bound: float, build: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path
+    name: str, kind: str, bound: float, exported: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path
 ) -> None:
-    model, tokenizer = build(name, tmp_path / "model")
-    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type=kind, progress=False)
+    model, tokenizer, exact = exported(name)
+    (file,) = export(open_checkpoint(exact.parent / "model"), tmp_path / "model.gguf", type=kind, progress=False)
     assert 1e-12 < divergence(model, runtime(file), tokenizer(texts[0]).input_ids) < bound
 
 
 @pytest.mark.parametrize("name", ["llama, longrope", "phi3, longrope", "llama 3", "qwen2, yarn with its own factor", "gemma2", "gemma3"])
-def test_long_text_is_computed_alike(name: str, build: Any, runtime: Any, divergence: Any, texts: list[str], tmp_path: Path) -> None:
+def test_long_text_is_computed_alike(name: str, exported: Any, runtime: Any, divergence: Any, texts: list[str]) -> None:
     """Beyond the original length of context, and beyond the sliding window."""
-    model, tokenizer = build(name, tmp_path / "model")
-    (file,) = export(open_checkpoint(tmp_path / "model"), tmp_path / "model.gguf", type="F32", progress=False)
+    model, tokenizer, file = exported(name)
     tokens = tokenizer(" ".join(texts * 2)).input_ids[:300]
     assert divergence(model, runtime(file, context=512), tokens, lengths=()) < 1e-6
