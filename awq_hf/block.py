@@ -19,6 +19,7 @@ from awq_hf.expert_block import ExpertsWork, Specs, same_routes, tokens_of
 from awq_hf.folding import BlockProbe, FoldPoint, discover
 from awq_hf.folding.fold import divided_parameters, reading_parameter, representable_scales, weight_of
 from awq_hf.folding.probe import verify
+from awq_hf.freed import give_back
 from awq_hf.layer import Rounded, judge, round_together
 from awq_hf.linear import AwqLinear
 from awq_hf.matrices import as_kind, as_linear
@@ -30,6 +31,7 @@ from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.transforms.awq_scale import Consumer, Loss, ScaleChoice, nearest, search_scales
 from awq_hf.wording import option
 
+LARGE = 1 << 22  # weights of a block: what a smaller one leaves behind costs more time to be given back than it is worth
 SAME = 0.02  # relative difference that the order of sums can make in bfloat16 within a block; a wrong code costs far more
 
 
@@ -69,6 +71,7 @@ class BlockWork:
         self.float_inputs: dict[str, list[Tensor]] = {}  # a group's first Linear -> x0 of each batch
         self.float_routes: dict[str, list[Tensor]] = {}  # experts -> those of each token, of each batch
         self.residuals = ResidualErrors(batches)
+        self.large = sum(parameter.numel() for parameter in block.parameters()) > LARGE
 
     def _experts_work(self, inside: str, module: nn.Module, specs: Specs) -> ExpertsWork:
         return ExpertsWork(self.name, inside, module, specs, self.recipe, self.report)
@@ -202,6 +205,8 @@ class BlockWork:
                 if names := targets.get(stop, []):
                     with self.report.timed("quantized stream and statistics"):
                         train, held = self._moments(stop, reached, self.residuals.before(stop, forwards))
+                        if self.large:
+                            give_back()  # pieces of activations, as much as all the statistics
                     for spec in dict.fromkeys(self.specs[name] for name in names):
                         self._round([name for name in names if self.specs[name] == spec], spec, train, held)
                     del train, held

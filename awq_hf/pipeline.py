@@ -27,7 +27,6 @@ from awq_hf.resume import KeptBlocks, digest_of, run_again
 from awq_hf.streaming import InMemory
 
 PROBE_TOKENS = 96  # of the first window: enough for every ReLU channel of a small block to wake up
-LARGE = 1 << 22  # weights of a block; what a smaller one leaves behind costs more time to be given back than it is worth
 
 Progress = Callable[..., Any]  # tqdm or a look-alike
 MakeWork = Callable[..., BlockWork]  # takes BlockWork's arguments
@@ -107,7 +106,7 @@ class BlockLoop:
             work = self._run_block(index)
             if self.progress:
                 bar.set_postfix_str(work.loss_line())
-            large = sum(layer.experts * layer.shape[0] * layer.shape[1] for layer in work.layers.values()) > LARGE
+            large = work.large
             del work  # with the float weights, and what it captured
             if large:
                 give_back()

@@ -49,7 +49,7 @@ ALLOWED = {
     "layer": "spec affine representable calibration transforms rounding recipe",
     "expert_block": "spec affine layer linear experts calibration transforms recipe report",
     "residual_errors": "calibration folding",
-    "block": "spec affine parallel experts expert_block matrices layer linear blocks calibration folding transforms recipe report "
+    "block": "spec affine parallel experts expert_block freed matrices layer linear blocks calibration folding transforms recipe report "
     "residual_errors",
     "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
     "block resume streaming",
