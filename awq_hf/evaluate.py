@@ -179,9 +179,7 @@ def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows
                 each.run(batches, called, progress)
         numbered = enumerate(progress(batches, desc=f"Evaluating {name}", unit="batch") if progress else batches)
         for position, batch in numbered:
-            theirs = None if reference is None else _logits(reference, position, batch)  # [windows * seq_len, vocabulary]
-            ours = theirs if theirs is not None and model is reference else _logits(model, position, batch)
-            found = _compare(name, ours, theirs, batch, position * batch_size)
+            found = _compare(name, *_pair(model, reference, position, batch), batch, position * batch_size)  # keeps no logits here
             sums.append(found.sum(2))
             if reference is not None:
                 divergences.append(found[2][_real(batch)])
@@ -266,6 +264,12 @@ def _log_probabilities(logits: Tensor, rows: Tensor, name: str, batch: Batch, fi
     if chosen.device.type == "mps":  # has no float64
         chosen = chosen.cpu()
     return chosen.double().log_softmax(1)
+
+
+def _pair(model: Model, reference: Model | None, position: int, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Logits of the model and of the reference, [windows * seq_len, vocabulary]."""
+    theirs = None if reference is None else _logits(reference, position, batch)
+    return (theirs if theirs is not None and model is reference else _logits(model, position, batch)), theirs
 
 
 def _real(batch: Batch) -> Tensor:
