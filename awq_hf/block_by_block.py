@@ -83,4 +83,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def _same(one: Sequence[Batch], other: Sequence[Batch]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(one, other, strict=True))
+    return [_tokens(batch) for batch in one] == [_tokens(batch) for batch in other]
+
+
+def _tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]] | None]:
+    return batch.input_ids.tolist(), None if batch.mask is None else batch.mask.tolist()

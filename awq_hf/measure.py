@@ -87,8 +87,8 @@ def measure(
     reference = load()
     float_model = reference.model
     about = dict(runtime="transformers")
-    sizes = dict(weights_bytes=weights_bytes(original, where), bits_per_weight=bits_per_weight(float_model))
-    rows = [{"name": ORIGINAL, "files": [], **about, **sizes, **row(ORIGINAL, reference)}]
+    size, bits = weights_bytes(original, where), bits_per_weight(float_model)
+    rows = [{"name": ORIGINAL, "files": [], **about, "weights_bytes": size, "bits_per_weight": bits, **row(ORIGINAL, reference)}]
     if (folder / "config.json").is_file():
         ours = row(OURS, lambda: found.keep(kind.from_pretrained(folder, **options)))
         plain = row(PLAIN, lambda: load(functools.partial(round_plainly, found.specs)))
@@ -97,23 +97,26 @@ def measure(
         rows.append({"name": PLAIN, "files": [], **about_both, "weights_bytes": None, **plain})
         rows.append({"name": OURS, "files": files, **about_both, "weights_bytes": weights_bytes(folder), **ours})
     for file in sorted(folder.glob("*.gguf")):
-        figures = _of_gguf(functools.partial(row, file.name), file, kind, float_model.config, device_map)
+        figures = _of_gguf(functools.partial(row, file.name), file, kind, float_model, device_map)
         if figures is not None:
-            bits = 8 * file.stat().st_size / float_model.num_parameters()
-            about_it = dict(weights_bytes=file.stat().st_size, bits_per_weight=bits)
-            rows.append({"name": file.name, "files": [file.name], **about, **about_it, **figures})
+            rows.append({"name": file.name, "files": [file.name], **about, **figures})
     if len(rows) == 1:
         raise ValueError(f"nothing in {directory} could be measured: it holds GGUF files alone, and transformers reads none of them")
-    base = base_model.identify(original, getattr(float_model.config, "_commit_hash", None))
-    content = {
-        "reference": {"name": base["name"], "revision": base["revision"], "weights_bytes": sizes["weights_bytes"]},
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": versions(),
-        "machine": machine(float_model.get_input_embeddings().weight.device),
-        "rows": rows,
-    }
+    content = _content(original, float_model, size, rows)
     write_whole(folder / EVALUATION_NAME, f"{json.dumps(content, indent=1)}\n".encode())
     return content
+
+
+def _content(original: str | os.PathLike[str], model: Any, size: int | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What evaluation.json says of the original, which `model` is and `size` the bytes of, and of the circumstances."""
+    base = base_model.identify(original, getattr(model.config, "_commit_hash", None))
+    return {
+        "reference": {"name": base["name"], "revision": base["revision"], "weights_bytes": size},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": versions(),
+        "machine": machine(model.get_input_embeddings().weight.device),
+        "rows": rows,
+    }
 
 
 class _Found:
@@ -181,18 +184,17 @@ def weights_bytes(model: str | os.PathLike[str], location: Mapping[str, Any] | N
 
 
 def _of_gguf(
-    measured: Callable[[Callable[[], Any]], dict[str, Any]], file: Path, kind: Any, config: Any, device_map: Any
+    measured: Callable[[Callable[[], Any]], dict[str, Any]], file: Path, kind: Any, original: Any, device_map: Any
 ) -> dict[str, Any] | None:
     """The figures of a file, or None and a warning where transformers does not read it as this model."""
+    options = dict(gguf_file=file.name, dtype=torch.float32, device_map=device_map)
     try:
-        return measured(
-            lambda: loaded_whole(
-                kind, file.parent, gguf_file=file.name, config=copy.deepcopy(config), dtype=torch.float32, device_map=device_map
-            )
-        )
+        figures = measured(lambda: loaded_whole(kind, file.parent, config=copy.deepcopy(original.config), **options))
     except Exception as error:  # of a reader that is not ours: all kinds of them
         gc.collect()
         logger.warning(
             "%s was not measured: transformers does not read it (%s)", file.name, (str(error) or type(error).__name__).splitlines()[0]
         )
         return None
+    size = file.stat().st_size
+    return {"weights_bytes": size, "bits_per_weight": 8 * size / original.num_parameters(), **figures}

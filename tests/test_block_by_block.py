@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ def test_the_same_batches_run_once(llama_dir: Path, batches: list[Batch], monkey
     assert len(loaded) == 4
     by_block.run(batches[:2], "the model")
     assert len(loaded) == 8
+    padded = torch.ones_like(batches[1].input_ids)
+    padded[0, -3:] = 0
+    by_block.run([batches[0], replace(batches[1], mask=padded)], "the model")
+    assert len(loaded) == 12
 
 
 @pytest.mark.parametrize("from_files", [True, False])
