@@ -58,21 +58,22 @@ class BlockStream:
     @torch.no_grad()
     def calls(self, index: int) -> list[Call]:
         """The arguments with which the model calls block `index`, one call a batch."""
-        calls = [self._call(index, i, batch) for i, batch in enumerate(self.batches)]
+        calls = [self.call_after(self._put_out(position), index, position) for position in range(len(self.batches))]
         for call, before in zip(calls, self.last or (), strict=self.last is not None):
             _carry_on(call, before)
         self.last = calls
         return calls
 
-    def _call(self, index: int, position: int, batch: Batch) -> Call:
+    def call_after(self, output: Any, index: int, position: int) -> Call:
+        """The arguments with which the model calls block `index` for a batch, when the block before it put out `output`."""
         recorded: list[Call] = []
 
         def record(*args: Any, **kwargs: Any) -> None:
             recorded.append((args, kwargs))
             raise _Stop
 
-        with self._stubbed(index, position), replaced_forward(self.blocks[index], record), suppress(_Stop):
-            self.model(**model_inputs(self.model, batch))
+        with self._stubbed(index, output), replaced_forward(self.blocks[index], record), suppress(_Stop):
+            self.model(**model_inputs(self.model, self.batches[position]))
         return recorded[0]
 
     def run(
@@ -87,21 +88,28 @@ class BlockStream:
         self.last = None
 
     @contextmanager
-    def _stubbed(self, count: int, position: int) -> Iterator[None]:
-        """With the first `count` blocks out of the way: they answer with what the last of them put out for this batch."""
+    def _stubbed(self, count: int, output: Any) -> Iterator[None]:
+        """With the first `count` blocks out of the way: they answer with what the last of them put out."""
 
         def stub(*_args: Any, **_kwargs: Any) -> Any:
-            return self.outputs[position]  # type: ignore[index]
+            return output
 
         with ExitStack() as replaced:
             for block in self.blocks[:count]:
                 replaced.enter_context(replaced_forward(block, stub))
             yield
 
+    def _put_out(self, position: int) -> Any:
+        return None if self.outputs is None else self.outputs[position]
+
     @torch.no_grad()
     def result(self, position: int) -> Any:
         """What the model puts out for a batch, when all blocks have run."""
-        with self._stubbed(len(self.blocks), position):
+        return self.result_after(self._put_out(position), position)
+
+    def result_after(self, output: Any, position: int) -> Any:
+        """The same when the last block put out `output`."""
+        with self._stubbed(len(self.blocks), output):
             return self.model(**model_inputs(self.model, self.batches[position]))
 
     def inputs_of(self, module: nn.Module) -> Iterator[Tensor]:
