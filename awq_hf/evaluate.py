@@ -37,6 +37,7 @@ Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
 Model = nn.Module | BlockByBlock
 Source = Model | Callable[[], Model]
 
+WINDOWS, LOGITS = 8, 2**27  # that a batch has at most: of 32,000 tokens 8 windows of 512, of 128,000 2
 CHUNK = 2**21  # logits that are float64 at a time: small enough for a CPU's cache, large enough for a GPU
 REFERENCE = "the reference"
 
@@ -81,16 +82,17 @@ def evaluate(
     tokenizer: Any = None,
     seq_len: int = 512,
     max_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Any = None,
 ) -> Evaluation:
     """Compare `model` with `reference` on windows of `texts`: a UTF-8 text file, strings, 1-D tensors of token ids, or None.
 
     None is the held-out text that comes with the package.
 
-    Windows of seq_len tokens follow each other without overlap; max_tokens // seq_len of them (at least one) are used. In memory is
-    one batch of logits of both models, in the models' dtype; log-probabilities and sums are float64. Standard errors take windows
-    as the independent units (see the module). tokenizer: not needed for token ids. progress: like tqdm.
+    Windows of seq_len tokens follow each other without overlap; max_tokens // seq_len of them (at least one) are used. batch_size: windows
+    that run together; None: up to 8, fewer where the vocabulary is large. In memory is one batch of logits of both models, in the models'
+    dtype; log-probabilities and sums are float64. Standard errors take windows as the independent units (see the module). tokenizer: not
+    needed for token ids. progress: like tqdm.
 
     Raises ValueError for a text that cannot be used, for a model it does not fit, for vocabularies of different size (also where one
     of them is only padded: what the padding's probabilities should be compared with is unknown), and for logits that are not finite.
@@ -106,7 +108,7 @@ def evaluate_many(
     tokenizer: Any = None,
     seq_len: int = 512,
     max_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Any = None,
 ) -> dict[str, Evaluation]:
     """evaluate() for several models by name, on the same tokens.
@@ -169,7 +171,14 @@ def _module(model: Model) -> nn.Module:
     return model.model if isinstance(model, BlockByBlock) else model
 
 
-def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows, batch_size: int, progress: Any) -> Evaluation:
+def _windows_at_once(model: Any, seq_len: int) -> int:
+    """How many windows a batch has: their logits are the largest part of the memory that evaluating takes."""
+    vocabulary = model.config.get_text_config().vocab_size if hasattr(model, "config") else 1
+    return min(WINDOWS, max(1, LOGITS // (seq_len * vocabulary)))
+
+
+def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows, batch_size: int | None, progress: Any) -> Evaluation:
+    batch_size = batch_size or _windows_at_once(_module(model), windows.input_ids.shape[1])
     batches = windows.batches(batch_size, hold_out=False)
     sums: list[Tensor] = []  # [figures, windows of the batch], see _compare
     divergences: list[Tensor] = []  # [positions of the batch]

@@ -262,6 +262,19 @@ def test_windows_longer_than_the_model_takes(models: tuple[Any, Any]) -> None:
     assert awq_hf.evaluate(models[0], None, [torch.arange(3, 90)]).tokens == 87  # windows of 512, were there so many tokens
 
 
+@pytest.mark.parametrize("limit, expected", [(None, 8), (8 * 22 * 96, 8), (5 * 22 * 96 + 1, 5), (1, 1)])
+def test_a_batch_has_fewer_windows_where_the_vocabulary_is_large(
+    limit: int | None, expected: int, models: tuple[Any, Any], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit is not None:
+        monkeypatch.setattr(module, "LOGITS", limit)
+    widths: list[int] = []
+    handle = models[0].register_forward_pre_hook(lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True)
+    awq_hf.evaluate(models[0], None, tokens, seq_len=22)
+    handle.remove()
+    assert max(widths) == expected
+
+
 @pytest.mark.parametrize("option", ["batch_size", "max_tokens"])
 def test_nothing_to_evaluate(option: str, models: tuple[Any, Any], tokens: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=f"{option}=0"):
