@@ -181,7 +181,7 @@ def test_batches_change_nothing(batch_size: int, models: tuple[Any, Any], tokens
 @pytest.mark.parametrize("chunk", [1, 96 * 7, 2**30])
 def test_chunks_change_nothing(chunk: int, models: tuple[Any, Any], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     usual = awq_hf.evaluate(*models, tokens, seq_len=SEQ_LEN)
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr("awq_hf.figures.CHUNK", chunk)
     found = awq_hf.evaluate(*models, tokens, seq_len=SEQ_LEN)
     numbers = {key: value for key, value in usual.to_dict().items() if isinstance(value, float)}
     # Not to the last bit: torch orders a sum by the tensor's shape.
@@ -200,7 +200,7 @@ class LargestFloat64(TorchDispatchMode):
 
 def test_probabilities_exist_for_a_chunk_at_a_time(models: tuple[Any, Any], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = 96 * 30  # 30 of the 160 positions of a batch
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr("awq_hf.figures.CHUNK", chunk)
     with LargestFloat64() as largest:
         awq_hf.evaluate(*models, tokens, seq_len=SEQ_LEN)
     assert largest.numel == chunk
