@@ -23,6 +23,7 @@ from awq_hf.calibration.data import Batch, Windows, load_windows
 from awq_hf.calibration.stream import model_inputs
 from awq_hf.classes import positions_of
 from awq_hf.figures import REFERENCE, compare, mean, perplexity, quantiles, real_positions
+from awq_hf.products import run
 from awq_hf.wording import option
 
 Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
@@ -215,7 +216,7 @@ def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows
 def _logits(model: Model, position: int, batch: Batch) -> Tensor:
     if isinstance(model, BlockByBlock):
         return model.logits(position, batch)
-    logits: Tensor = model(**model_inputs(model, batch)).logits
+    logits: Tensor = run(model, **model_inputs(model, batch)).logits
     return logits.flatten(0, 1)
 
 

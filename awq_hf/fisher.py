@@ -21,6 +21,7 @@ from awq_hf.calibration.data import Batch, Windows
 from awq_hf.calibration.stream import BlockStream, replaced_forward
 from awq_hf.experts import FUSED, holds_experts
 from awq_hf.matrices import shape_of
+from awq_hf.products import fast_products
 from awq_hf.streaming import InMemory
 
 Progress = Callable[..., Any]  # tqdm or a look-alike
@@ -124,7 +125,7 @@ class _Backward:
         generator = torch.Generator().manual_seed(SEED)
         for position, batch in enumerate(self.stream.batches):
             leaf, output = _with_leaf(self.put_out[-1][position])
-            with torch.enable_grad(), watch.on(batch):
+            with torch.enable_grad(), fast_products(self.stream.model), watch.on(batch):
                 _likelihood_of_own_labels(self.stream.result_after(output, position).logits, batch, generator).backward()
             self.gradients.append(leaf.grad)
 
@@ -132,7 +133,7 @@ class _Backward:
         self.put_out.pop()
         for position, batch in enumerate(self.stream.batches):
             leaf, output = _with_leaf(self.put_out[-1][position]) if index else (None, None)
-            with torch.enable_grad(), watch.on(batch):
+            with torch.enable_grad(), fast_products(self.stream.blocks[index]), watch.on(batch):
                 args, kwargs = self.stream.call_after(output, index, position)
                 y = _hidden(self.stream.blocks[index](*args, **kwargs))
                 if y.requires_grad:

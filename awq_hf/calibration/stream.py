@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch
 from awq_hf.parallel import in_parallel
+from awq_hf.products import run
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -73,7 +74,7 @@ class BlockStream:
             raise _Stop
 
         with self._stubbed(index, output), replaced_forward(self.blocks[index], record), suppress(_Stop):
-            self.model(**model_inputs(self.model, self.batches[position]))
+            run(self.model, **model_inputs(self.model, self.batches[position]))
         return recorded[0]
 
     def run(
@@ -110,7 +111,7 @@ class BlockStream:
     def result_after(self, output: Any, position: int) -> Any:
         """The same when the last block put out `output`."""
         with self._stubbed(len(self.blocks), output):
-            return self.model(**model_inputs(self.model, self.batches[position]))
+            return run(self.model, **model_inputs(self.model, self.batches[position]))
 
     def inputs_of(self, module: nn.Module) -> Iterator[Tensor]:
         """What the model hands to a module that it calls once, behind the blocks, the head: [tokens, in] of each batch, without padding.
@@ -132,7 +133,7 @@ class BlockStream:
 
     def advance(self, index: int, calls: Sequence[Call]) -> None:
         """Run block `index` on its calls and keep what it returns."""
-        self.outputs = in_parallel(lambda call: self.blocks[index](*call[0], **call[1]), calls)
+        self.outputs = in_parallel(lambda call: run(self.blocks[index], *call[0], **call[1]), calls)
 
 
 def _carry_on(call: Call, before: Call) -> None:
@@ -172,7 +173,7 @@ def calling_order(
         block.register_forward_hook(lambda _block, _args, output, index=index: ends(index, output)) for index, block in enumerate(blocks)
     ]
     try:
-        result = model(**model_inputs(model, batch))
+        result = run(model, **model_inputs(model, batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -212,7 +213,7 @@ def capture_inputs(
 
     def one(call: Call) -> tuple[dict[str, Any], Any]:
         current.inputs = {}
-        output = block(*call[0], **call[1])
+        output = run(block, *call[0], **call[1])
         return current.inputs, output
 
     with input_hooks(block, names, lambda name, x: current.inputs.__setitem__(name, x), routed):
