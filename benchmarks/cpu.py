@@ -25,8 +25,8 @@ from awq_hf.kernels.problem import Problem
 from benchmarks.common import publish, quiet
 
 SHAPES = ((4096, 4096),)  # out_features, in_features
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-KERNEL_TOKENS = 128  # above, the kernels alone are left out: they have lost by far
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+KERNEL_TOKENS = 256  # above, the kernels alone are left out: they have lost by far
 GROUP = 128
 COPIES = 5  # of every weight
 Call = Callable[[Tensor, int], Tensor]  # activations, which copy
@@ -41,7 +41,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
         rows = [row for shape in SHAPES for dtype in cpu.CROSSOVER for row in _rows(*shape, dtype, options.repeats)]
-    publish("cpu", f"speed of y = x W^T, 4 bits in groups of {GROUP}, as a multiple of the float Linear's, {options.threads} threads", rows)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    title = (
+        f"speed of y = x W^T, 4 bits in groups of {GROUP}, as a multiple of the float Linear's, {options.threads} threads, {instructions}"
+    )
+    publish(f"cpu_{instructions.lower()}", title, rows)
 
 
 def _rows(n: int, k: int, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
