@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from awq_hf.api import save
+from awq_hf.base_model import quantized_from
 from awq_hf.exporters.hub import CARD, MakeCard, PushResult, check_not_original, find_repository, push_directory
-from awq_hf.report import REPORT_NAME
 
 
 def push_to_hub(
@@ -62,11 +61,8 @@ def push_to_hub(
 
 def _original(directory: Path) -> str:
     """The Hub id of the model that was quantized, as report.json has it; or nothing."""
-    try:
-        said = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))["base_model"]
-        return "" if said["local"] else str(said["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    said = quantized_from(directory)
+    return "" if said.get("local", True) else str(said.get("name") or "")
 
 
 def card_for(directory: Path, base_model: str | None, overwrite: bool) -> MakeCard:

@@ -14,15 +14,14 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from awq_hf.base_model import describe
+from awq_hf.base_model import REPORT_NAME, describe
 from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
 from awq_hf.model_cards.card import README, is_generated
 from awq_hf.wording import option
 
-REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
+EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
 FAST_TARGET = "compressed-tensors"  # of an export, for weights that servers run slowly as AWQ
-ORIGINAL, PLAIN = "original", "plain rounding"  # rows of evaluation.json that describe no file here
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
         raise ValueError(f"{directory} is not a directory; give the one that awq-hf quantize wrote")
     check_hub_id("repo_id", repo_id)
     check_hub_id("base_model", base_model)
-    report = _report(path / REPORT)
+    report = _report(path / REPORT_NAME)
     shapes = {layer["name"]: tuple(layer["shape"]) for layer in report["layers"]} if report else {}
     artifacts = find_artifacts(path, shapes)
     if not artifacts:

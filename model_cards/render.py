@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from awq_hf.evaluation_table import STRANGE_TEXT, perplexity, with_error
+from awq_hf.evaluation_table import ORIGINAL, PLAIN, STRANGE_TEXT, perplexity, with_error
 from awq_hf.model_cards.artifacts import AUTO_CLASSES, ROOT, Artifact, writes_text
-from awq_hf.model_cards.facts import FAST_TARGET, ORIGINAL, PLAIN, Facts, Measured
+from awq_hf.model_cards.facts import FAST_TARGET, Facts, Measured
 from awq_hf.model_cards.made import listed, made
 from awq_hf.model_cards.markdown import FILTERS, escape, one_line
 from awq_hf.model_cards.metadata import card_data

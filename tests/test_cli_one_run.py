@@ -239,7 +239,8 @@ def test_an_export_that_failed_can_be_repeated(target: str, run: Run, model: Pat
     monkeypatch.undo()
     done = run(*again[1:])
     assert done.status == 0, done.err
-    assert list((tmp_path / "out").glob("*.gguf")) or (tmp_path / "out" / "dense" / "model.safetensors").is_file()
+    written = {"gguf": "model-AWQ-Q4_K_S.gguf", "gguf:Q8_0": "model-Q8_0.gguf", "dense:float16": "dense/model.safetensors"}[target]
+    assert (tmp_path / "out" / written).is_file() and len(list((tmp_path / "out").glob("*.gguf"))) == written.endswith(".gguf")
 
 
 def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,12 +252,12 @@ class _OneRun:
             options = {} if target.type is None else {"dtype": target.type}
             again = command_line("export", target.name, self.out, place, **options)
             return Step(f"Exporting to {target}", lambda: awq_hf.export(self.out, target.name, place, **options), again)
-        common: dict[str, Any] = dict(progress=not self.as_json, metadata={"name": place.stem})
+        common: dict[str, Any] = dict(progress=not self.as_json)
         if target.type is None:
-            again = command_line("export", "gguf", self.out, place)
+            again = command_line("export", "gguf", self.out, self.out)
             return Step("Exporting to gguf: the same integers", lambda: to_gguf(self.out, place, **common), again)
         chosen = {name: getattr(self.config, name) for name in ("calibration", "samples", "seq_len", "seed")}
-        again = command_line("export", "gguf", self.model, place, type=target.type, device=self.device, **chosen, **self.location)
+        again = command_line("export", "gguf", self.model, self.out, type=target.type, device=self.device, **chosen, **self.location)
         config = AwqConfig(**chosen, tokenizer=self.config.tokenizer)  # the rest is about integers of another kind
         common |= dict(type=target.type, config=config, device=self.device, location=self.location)
         return Step(f"Exporting to gguf: {target.type}, from the float weights", lambda: to_gguf(self.model, place, **common), again)
