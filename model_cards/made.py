@@ -16,6 +16,7 @@ ROUNDING = {
     "gptq": "rounding with GPTQ",
     "descent": "rounding with GPTQ, then coordinate descent on integers and scales",
 }
+OF_SCALES_KEPT = " and scales"  # what is left out of these where scales are not refitted
 
 
 def made(facts: Facts) -> dict[str, Any]:
@@ -48,14 +49,28 @@ def _method(facts: Facts) -> str | None:
     if not recipe:
         return None
     if _searched(facts):
-        return "smoothing scales judged by each type's own quantizer; codes chosen together, on the steps that it found"
+        steps = ["smoothing scales judged by each type's own quantizer", "codes chosen together, on the steps that it found"]
+        return "; ".join([*steps, *_fitted(facts.layers, recipe)])
+    rounding = ROUNDING.get(recipe.get("rounding", ""), one_line(recipe.get("rounding")))
     steps = [
         *(["AWQ's smoothing scales"] if recipe.get("scale") else []),
         *(["clipping of group ranges"] if recipe.get("clip") else []),
-        ROUNDING.get(recipe.get("rounding", ""), one_line(recipe.get("rounding"))),
+        rounding.removesuffix(OF_SCALES_KEPT) if recipe.get("scales_for") else rounding,
     ]
-    fitted = "; each layer is fitted to the inputs that it gets from the layers quantized before it"
-    return listed(steps) + (fitted if recipe.get("stream") == "quantized" else "")
+    return "; ".join([listed(steps), *_fitted(facts.layers, recipe)])
+
+
+def _fitted(layers: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
+    """What layers were fitted to: what the recipe asked for, as far as it was of use to a layer. See transforms/correction.py."""
+    if recipe.get("stream") != "quantized":
+        return []
+    count = lambda key: sum((layer.get(key) or 0) > 0 for layer in layers) if recipe.get("correction") else 0  # noqa: E731
+    aimed, mending = count("correction"), count("residual") if recipe.get("residual") else 0
+    return [
+        "each layer is fitted to the inputs that it gets from the layers quantized before it",
+        *([f"{aimed} of {len(layers)} aim at the float model's outputs in spite of the error in these inputs"] if aimed else []),
+        *([f"{mending} of {len(layers)} make up for the error that has gathered in the residual stream"] if mending else []),
+    ]
 
 
 def _searched(facts: Facts) -> bool:
@@ -80,7 +95,9 @@ def _stored(facts: Facts) -> list[str]:
     else:
         return []
     count = (lambda number: f" ({number} Linears)") if len(found) > 1 else lambda number: ""
-    return [f"{bits} bits, {_groups(group)}{grid}{count(number)}" for (bits, group), number in found]
+    kind = (facts.report or {}).get("recipe", {}).get("scales_for")
+    exact = f"; scales that GGUF's {one_line(kind)} holds exactly" if kind else ""
+    return [f"{bits} bits, {_groups(group)}{grid}{count(number)}{exact}" for (bits, group), number in found]
 
 
 def _type_name(kind: Any) -> str:

@@ -79,7 +79,7 @@ def report(bits: int = 4, **changes: Any) -> dict[str, Any]:
         {
             "name": name, "shape": [HIDDEN, HIDDEN], "bits": bits, "group_size": 128, "fold": "input_layernorm", "alpha": 0.5 * (i % 2),
             "family": "activations", "clip": 0.9, "correction": 0.5, "rounding": "descent", "loss_plain": 0.01, "loss": 0.004 + 0.0003 * i,
-            "dead_channels": 0, "fallback": None,
+            "dead_channels": 0, "fallback": None, "residual": 0.7 if name.endswith(("o_proj", "down_proj")) else None,
         }
         for i, name in enumerate(NAMES)
     ]  # fmt: skip
@@ -90,6 +90,8 @@ def report(bits: int = 4, **changes: Any) -> dict[str, Any]:
         "clip": {"shrinks": [0.9]},
         "rounding": "descent",
         "stream": "quantized",
+        "correction": True,
+        "residual": True,
         "seq_len": 256,
     }
     metadata = {"license": "apache-2.0", "language": ["en", "de"], "pipeline_tag": "text-generation", "tags": ["chat", "safetensors"]}
