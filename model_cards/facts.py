@@ -18,6 +18,7 @@ from awq_hf.base_model import REPORT_NAME, describe
 from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
 from awq_hf.model_cards.card import README, is_generated
+from awq_hf.model_cards.chat import Chat, chat_of, template_of
 from awq_hf.wording import option
 
 EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
@@ -64,7 +65,8 @@ class Facts:
     """directory: as the user called it. where: the repository's id, or the directory's name, which snippets use.
 
     report: report.json or None; recipe: the text of recipe.yaml or None; rows, date: of evaluation.json; reference_bytes: of the
-    original's weights. chat, tokenizer, code: whether there is a chat template, a tokenizer, code that loading runs.
+    original's weights. chat: the prompt format, None of a model without a chat template, and where that fails: chat_problem says why then.
+    tokenizer, code: whether there is a tokenizer, and code that loading runs.
     """
 
     directory: str
@@ -78,7 +80,8 @@ class Facts:
     rows: list[Measured]
     date: str | None
     reference_bytes: int | None
-    chat: bool
+    chat: Chat | None
+    chat_problem: str | None
     tokenizer: bool
     code: bool
 
@@ -140,6 +143,7 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
     if base_model is None and _hub_id(report) is None:
         base_model = _named_before(path)
     evaluation = read_json(path / EVALUATION) if (path / EVALUATION).is_file() else {}
+    chat, chat_problem = _chat(path, artifacts)
     name = repo_id or path.resolve().name
     return Facts(
         directory=str(directory),
@@ -153,7 +157,8 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
         rows=list(_rows(evaluation, path / EVALUATION)),
         date=evaluation.get("date") or None,
         reference_bytes=_whole((evaluation.get("reference") or {}).get("weights_bytes")),
-        chat=_has_chat_template(path),
+        chat=chat,
+        chat_problem=chat_problem,
         tokenizer=any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")),
         code=_has_code(path),
     )
@@ -183,6 +188,9 @@ def missing(facts: Facts) -> list[tuple[str, str]]:
     if facts.root and facts.root.slow and not facts.served_folders:
         again = command("export", FAST_TARGET, facts.directory, str(Path(facts.directory) / FAST_TARGET))
         found.append((f"a form that {' and '.join(facts.root.slow)} run with their fast kernels, as they do not run symmetric AWQ", again))
+    if facts.chat_problem:
+        again = "mend it in the original's tokenizer and here, for whoever applies it meets the same"
+        found.append((f"the prompt format, for the chat template does not take a conversation ({facts.chat_problem})", again))
     unmeasured = [artifact.path for artifact in facts.artifacts if facts.row(artifact) is None]
     if unmeasured:
         files = ", ".join("the checkpoint" if path == ROOT else path for path in unmeasured)
@@ -273,6 +281,12 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _has_chat_template(path: Path) -> bool:
+def _chat(path: Path, artifacts: list[Artifact]) -> tuple[Chat | None, str | None]:
+    """The prompt format, or why there is none although there is a template: of the tokenizer here, or else that of a GGUF file."""
     config = path / "tokenizer_config.json"
-    return (path / "chat_template.jinja").is_file() or (config.is_file() and bool(read_json(config).get("chat_template")))
+    template = template_of(path, read_json(config) if config.is_file() else {})
+    template = template or next((artifact.template for artifact in artifacts if artifact.template), None)
+    try:
+        return (chat_of(template) if template else None), None
+    except ValueError as problem:
+        return None, str(problem)

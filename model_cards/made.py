@@ -25,6 +25,7 @@ def made(facts: Facts) -> dict[str, Any]:
     return {
         "recipe": report.get("recipe", {}),
         "method": _method(facts),
+        "fitted": _fitted(facts.layers, report.get("recipe") or {}),
         "stored": _stored(facts),
         "kinds": _kinds(facts.layers),
         "baseline": "the type's plain quantizer" if _searched(facts) else "plain rounding",
@@ -49,15 +50,14 @@ def _method(facts: Facts) -> str | None:
     if not recipe:
         return None
     if _searched(facts):
-        steps = ["smoothing scales judged by each type's own quantizer", "codes chosen together, on the steps that it found"]
-        return "; ".join([*steps, *_fitted(facts.layers, recipe)])
+        return "smoothing scales judged by each type's own quantizer; codes chosen together, on the steps that it found"
     rounding = ROUNDING.get(recipe.get("rounding", ""), one_line(recipe.get("rounding")))
     steps = [
         *(["AWQ's smoothing scales"] if recipe.get("scale") else []),
         *(["clipping of group ranges"] if recipe.get("clip") else []),
         rounding.removesuffix(OF_SCALES_KEPT) if recipe.get("scales_for") else rounding,
     ]
-    return "; ".join([listed(steps), *_fitted(facts.layers, recipe)])
+    return listed(steps)
 
 
 def _fitted(layers: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
@@ -67,9 +67,9 @@ def _fitted(layers: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
     count = lambda key: sum((layer.get(key) or 0) > 0 for layer in layers) if recipe.get("correction") else 0  # noqa: E731
     aimed, mending = count("correction"), count("residual") if recipe.get("residual") else 0
     return [
-        "each layer is fitted to the inputs that it gets from the layers quantized before it",
-        *([f"{aimed} of {len(layers)} aim at the float model's outputs in spite of the error in these inputs"] if aimed else []),
-        *([f"{mending} of {len(layers)} make up for the error that has gathered in the residual stream"] if mending else []),
+        "Each layer is fitted to the inputs that it gets from the layers quantized before it",
+        *([f"{aimed} of {len(layers)} layers aim at the float model's outputs in spite of the error in these inputs"] if aimed else []),
+        *([f"{mending} of {len(layers)} layers make up for the error that has gathered in the residual stream"] if mending else []),
     ]
 
 

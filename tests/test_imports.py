@@ -78,7 +78,7 @@ ALLOWED = {
     "push": "api base_model exporters model_cards",
     "exporters": "base_model classes beside unfinished spec affine kernels.layout kernels.foreign linear experts matrices freed headers "
     "stored skip_list config compat renaming output",
-    "model_cards": "base_model headers serving skip_list spec evaluation_table exporters.table",
+    "model_cards": "base_model compat headers serving skip_list spec evaluation_table exporters.table",
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
     "rounding preflight report pipeline linear config model_cards serving streaming",
     "targets": "classes compat renaming config exporters matrices preflight spec",

@@ -19,6 +19,11 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype":
 SHA = "8c3713e6daa61fe2076f05992d1e05edb6893c452b8fd70c2c357450a6cc259e"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 Make = Callable[..., Path]
 
 
@@ -140,7 +145,7 @@ def full(tmp_path: Path) -> Path:
     write_compressed_tensors(path / "compressed-tensors")
     write_gguf(path / "Tiny-Q4_K_M.gguf", gguf.GGMLQuantizationType.Q4_K, "Quantized from *float* weights.")
     write_gguf(path / "Tiny-Q6_K.gguf", gguf.GGMLQuantizationType.Q6_K)
-    write_json(path / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
+    write_json(path / "tokenizer_config.json", {"chat_template": CHATML, "bos_token": {"content": "<s>"}})
     write_json(path / "report.json", report(notes=["only 60 of 64 windows were found"]))
     (path / "recipe.yaml").write_text(f"model: acme/Llama-2-Tiny\nrevision: {COMMIT}\ncalibration: notes.txt\nsamples: 64\n")
     rows = [

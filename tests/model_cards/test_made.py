@@ -13,9 +13,9 @@ from awq_hf.model_cards.render import render
 
 from .conftest import COMMIT, report, write_json
 
-FITTED = "each layer is fitted to the inputs that it gets from the layers quantized before it"
-CORRECTED = "14 of 14 aim at the float model's outputs in spite of the error in these inputs"
-MENDING = "4 of 14 make up for the error that has gathered in the residual stream"
+FITTED = "Each layer is fitted to the inputs that it gets from the layers quantized before it"
+CORRECTED = "14 of 14 layers aim at the float model's outputs in spite of the error in these inputs"
+MENDING = "4 of 14 layers make up for the error that has gathered in the residual stream"
 
 
 def made_of(directory: Path, recipe: dict[str, Any], base_model: str | None = None, **layer: Any) -> str:
@@ -29,7 +29,7 @@ def made_of(directory: Path, recipe: dict[str, Any], base_model: str | None = No
 
 
 def test_the_method_is_all_of_it(full: Path) -> None:
-    assert f"scales; {FITTED}; {CORRECTED}; {MENDING}\n" in made_of(full, {})
+    assert f"scales\n  - {FITTED}\n  - {CORRECTED}\n  - {MENDING}\n" in made_of(full, {})
 
 
 @pytest.mark.parametrize(
