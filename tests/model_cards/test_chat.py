@@ -14,8 +14,9 @@ from markdown_it import MarkdownIt
 from transformers import AutoTokenizer
 
 from awq_hf.model_cards.chat import Template, chat_of
-from awq_hf.model_cards.facts import gather, missing
+from awq_hf.model_cards.facts import gather
 from awq_hf.model_cards.gguf_header import read_header
+from awq_hf.model_cards.missing import missing
 from awq_hf.model_cards.render import render
 
 from .conftest import CHATML, write_json

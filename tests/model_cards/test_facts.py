@@ -14,9 +14,10 @@ import pytest
 
 from awq_hf.model_cards import is_generated, make_card
 from awq_hf.model_cards.artifacts import find_artifacts
-from awq_hf.model_cards.facts import gather, missing
+from awq_hf.model_cards.facts import gather
 from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
+from awq_hf.model_cards.missing import missing
 from awq_hf.model_cards.render import render
 
 from .conftest import (
@@ -304,7 +305,8 @@ def test_a_float_model_has_no_card_unless_it_was_quantized_once(full: Path, tmp_
 def test_missing_facts_come_with_what_to_do(full: Path, foreign: Path) -> None:
     assert missing(gather(full)) == []
     assert [what for what, _ in missing(gather(foreign))] == [
-        "which model of the Hub this was made from", "what was done to the layers", "the quality of the checkpoint",
+        "which model of the Hub this was made from", "the licence, which no card of the original says", "what was done to the layers",
+        "the quality of the checkpoint",
     ]  # fmt: skip
     write_json(full / "evaluation.json", evaluation(row("awq-hf", ["."], 0.01, 23.0, 0.9)))
     ((what, how),) = missing(gather(full))
@@ -318,4 +320,5 @@ def test_gguf_files_alone(tmp_path: Path) -> None:
     """The mix that the file says it is, where its name does not; no advice to make an AWQ checkpoint."""
     write_gguf(tmp_path / "ft.gguf", gguf.GGMLQuantizationType.Q4_K, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
     assert "**GGUF Q4\\_K\\_M**<br>`ft.gguf`" in text_of(tmp_path)
-    assert [what for what, _ in missing(gather(tmp_path))] == ["which model of the Hub this was made from", "the quality of ft.gguf"]
+    of_it = ["which model of the Hub this was made from", "the licence, which no card of the original says", "the quality of ft.gguf"]
+    assert [what for what, _ in missing(gather(tmp_path))] == of_it
