@@ -27,11 +27,13 @@ FAST_TARGET = "compressed-tensors"  # of an export, for weights that servers run
 
 @dataclass(frozen=True)
 class Base:
-    """The original model. id: on the Hub, None for a local one; metadata: of its card, as in report.json."""
+    """The original model. id: on the Hub, where one is known; local: whether it was a directory when it was quantized; metadata: of its
+    card, as in report.json."""
 
     name: str
     id: str | None
     revision: str | None
+    local: bool
     metadata: dict[str, Any]
 
 
@@ -224,7 +226,7 @@ def _base(report: dict[str, Any] | None, base_model: str | None) -> Base | None:
         return None
     if hub_id and not metadata.get("license"):  # the directory that was quantized had no card, or the card has been written since
         metadata = {**describe(hub_id)["metadata"], **metadata}
-    return Base(hub_id or str(name), hub_id, revision, metadata)
+    return Base(hub_id or str(name), hub_id, revision, bool(said.get("local")), metadata)
 
 
 def _rows(evaluation: dict[str, Any], path: Path) -> Iterator[Measured]:

@@ -32,12 +32,22 @@ def made(facts: Facts) -> dict[str, Any]:
         "loss": f"{loss_ratio(facts.layers):.0%}" if facts.layers else None,
         "fallbacks": [layer for layer in facts.layers if layer.get("fallback")],
         "remarks": remarks(report) if report else [],
-        "notes": list(dict.fromkeys([*report.get("notes", []), *(text for artifact in facts.artifacts for text in artifact.obstacles)])),
+        "notes": [_sentence(note) for note in dict.fromkeys([*report.get("notes", []), *_obstacles(facts)])],
         "left": _left(facts),
         "machine": _machine(report.get("machine", {})),
         "seconds": _time(report.get("seconds", {}).get("total")),
         "versions": listed(f"{name} {version}" for name, version in report.get("versions", {}).items()),
     }
+
+
+def _obstacles(facts: Facts) -> list[str]:
+    return [text for artifact in facts.artifacts for text in artifact.obstacles]
+
+
+def _sentence(note: str) -> str:
+    """With a capital, unless it begins with a name."""
+    first = note.split(" ")[0]
+    return note[:1].upper() + note[1:] if first.isalpha() and first.islower() else note
 
 
 def listed(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.plots import KL_PLOT, LOSS_PLOT
 
 SECTIONS = ("files", "quality", "run", "chat", "made", "reproduce", "citation")
-TEXT = "The sky is blue because"  # what a model that does not chat is to go on from
+QUESTION, TEXT = "Why is the sky blue?", "The sky is blue because"  # for models that chat, and that go on from a text
 AUDIENCE = {  # {}: the programs
     "awq": "GPUs and servers: {}",
     "gptq": "GPUs and servers: {}",
@@ -70,6 +70,7 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
             artifact for artifact in facts.artifacts if artifact.path != ROOT and artifact.format != "gguf" and artifact.class_name
         ],
         "text": TEXT,
+        "question": QUESTION,
         "as_fast": FAST_TARGET,
         "auto_class": _auto_class,
         "writes_text": writes_text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,7 +119,17 @@ def _tell(target: str, where: Path, path: Path, files: list[Path], result: Any, 
             layers = result.report.layers
             ratio = sum(layer.loss / max(layer.loss_importance, 1e-30) for layer in layers) / max(len(layers), 1)
             typer.echo(f"Output error of a layer: {ratio:.0%} of what the type's quantizer leaves with an importance matrix, on average")
-        typer.echo(f"Run it:  llama-cli -m {files[0]}")
+        typer.echo(f"Run it:  {_command_for(files[0])}")
+
+
+def _command_for(file: Path) -> str:
+    """llama.cpp has one program for chats, and one for models that go on from a text."""
+    from awq_hf.model_cards.gguf_header import read_header
+
+    chats = read_header(file).chat_template is not None
+    return (
+        f"llama-cli -m {shlex.quote(str(file))}" if chats else f"llama-completion -m {shlex.quote(str(file))} -no-cnv -p 'Once upon a time'"
+    )
 
 
 def _bits_per_weight(files: list[Path]) -> float:

@@ -73,3 +73,21 @@ def test_the_commit_of_the_original(full: Path) -> None:
     for change in ({"revision": None}, {"local": True}):
         write_json(full / "report.json", report(base_model={**base, **change}))
         assert "- From" not in render(gather(full), ())
+
+
+def test_it_is_reproduced_from_what_a_stranger_has(full: Path) -> None:
+    """recipe.yaml names a directory by a name that is nowhere else."""
+    again = lambda *arguments: render(gather(full, "a/b", *arguments), ()).split("## How to reproduce it")[1]  # noqa: E731
+    assert "\nawq-hf quantize --recipe recipe.yaml OUT\n" in again() and f"its revision `{COMMIT}`" in again()
+    write_json(full / "report.json", report(base_model={"name": "mine", "revision": None, "local": True, "metadata": {}}))
+    assert "\nawq-hf quantize --recipe recipe.yaml MODEL OUT\n" in again() and "a directory that is not named here:\n" in again()
+    text = again("me/mine")
+    assert (
+        "\nawq-hf quantize --recipe recipe.yaml me/mine OUT\n" in text and "default, of\n[me/mine](https://huggingface.co/me/mine):" in text
+    )
+
+
+def test_notes_are_sentences(full: Path) -> None:
+    write_json(full / "report.json", report(notes=["only 6 of 8 were found", "model.layers.0 stays", "lm_head is tied", "vLLM refuses it"]))
+    notes = render(gather(full), ()).split("## Notes and limitations")[1]
+    assert "- Only 6 of 8 were found.\n- model.layers.0 stays.\n- lm\\_head is tied.\n- vLLM refuses it.\n" in notes

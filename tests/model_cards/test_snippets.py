@@ -147,9 +147,9 @@ def test_commands_name_what_is_there(repository: Path, repo_id: str | None) -> N
     lines = [shlex.split(line) for block in blocks(make_readme(repository, repo_id), "bash") for line in block.splitlines()]
     programs = [line[0] for line in lines]
     hub = bool(repo_id)
-    servers, folders = ["vllm", "python3"], [*["hf"] * hub, "vllm", "python3", *["hf"] * hub, "python3"]
+    servers, folders = ["vllm", "python3"], ["mlx_lm.generate", *["hf"] * hub, "vllm", "python3", *["hf"] * hub, "python3"]
     assert programs == [*servers, *folders, "llama-completion", *["ollama"] * hub, *["hf"] * hub, "awq-hf"]
-    assert lines[-1] == ["awq-hf", "quantize", "--recipe", "recipe.yaml", "OUT"] and (repository / "recipe.yaml").is_file()
+    assert lines[-1] == ["awq-hf", "quantize", "--recipe", "recipe.yaml", "MODEL", "OUT"] and (repository / "recipe.yaml").is_file()
     assert not hub or lines[-2] == ["hf", "download", ID, "recipe.yaml", "--local-dir", "."]
     served = [line[2] if line[0] == "vllm" else line[-1] for line in lines if line[0] in servers]
     if repo_id is None:
@@ -163,8 +163,20 @@ def test_commands_name_what_is_there(repository: Path, repo_id: str | None) -> N
     known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "--include" in known and "--local-dir" in known
     places = {line[0]: line for line in lines}
+    assert places["mlx_lm.generate"][1:] == ["--model", ID, "--prompt", "The sky is blue because", "--max-tokens", "64"]
     assert places["llama-completion"][1:5] == ["--hf-repo", ID, "--hf-file", "tiny-Q4_K.gguf"]
     assert places["ollama"][-1] == f"hf.co/{ID}:tiny-Q4_K.gguf"
+
+
+def test_mlx(repository: Path) -> None:
+    if importlib.util.find_spec("mlx_lm") is None:
+        pytest.skip("mlx-lm is not installed")
+    (command,) = blocks(section(make_readme(repository, None), "MLX"), "bash")
+    program, *words = shlex.split(command)
+    words[words.index("--max-tokens") + 1] = "4"
+    run = [sys.executable, "-m", program, *words]
+    done = subprocess.run(run, cwd=repository.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Generation: 4 tokens" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("chats", [False, True])
