@@ -66,9 +66,8 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "loss_plot": LOSS_PLOT if LOSS_PLOT in plots else None,
         "kl_plot": KL_PLOT if KL_PLOT in plots else None,
         "snippet_gguf": _gguf_snippet(facts),
-        "folders": [
-            artifact for artifact in facts.artifacts if artifact.path != ROOT and artifact.format != "gguf" and artifact.class_name
-        ],
+        "folders": [artifact for artifact in facts.artifacts if artifact.path != ROOT and _is_run(facts, artifact)],
+        "listed": listed,
         "text": TEXT,
         "question": QUESTION,
         "as_fast": FAST_TARGET,
@@ -93,6 +92,13 @@ def _what(facts: Facts) -> str:
     quantized = [artifact for artifact in facts.artifacts if artifact.format != "float"] or facts.artifacts
     formats = listed(dict.fromkeys(artifact.label.split(",")[0].split(" ")[0] for artifact in quantized))
     return f"quantized to {listed(map(str, bits))} bits ({formats})" if bits else f"as {formats}"
+
+
+def _is_run(facts: Facts, artifact: Artifact) -> bool:
+    """Whether there is something to say on how a checkpoint in a folder is run."""
+    if artifact.format == "float" or artifact.readers == ("compressed-tensors",):
+        return facts.tokenizer and artifact.class_name is not None
+    return writes_text(artifact.class_name) and bool(artifact.readers)
 
 
 def _auto_class(class_name: str | None) -> str | None:

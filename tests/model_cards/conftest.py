@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from awq_hf.model_cards.facts import gather
+from awq_hf.model_cards.render import render
 
 HIDDEN, BLOCKS = 256, 2
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -135,6 +139,22 @@ def evaluation(*rows: dict[str, Any]) -> dict[str, Any]:
     plain = row("plain rounding", [], 0.029022, 23.39191, 0.876702, weights_bytes=700_000)
     reference = {"name": "acme/Llama-2-Tiny", "revision": COMMIT, "weights_bytes": 5_250_000}
     return {"reference": reference, "date": "2026-01-31", "versions": {}, "machine": {}, "rows": [original, plain, *rows]}
+
+
+def text_of(directory: Path, *arguments: str) -> str:
+    return render(gather(directory, *arguments), ())  # drawing takes time
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading, without Markdown."""
+    lines = text.split(f"## {heading}\n")[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = [line for line in lines[start:][: lines[start:].index("")] if not line.startswith("|:")]
+    return [[re.sub(r"[*`\\]", "", cell.strip()) for cell in line.strip("|").split("|")] for line in rows]
+
+
+def change(path: Path, **changes: Any) -> None:
+    write_json(path, {**json.loads(path.read_text()), **changes})
 
 
 @pytest.fixture
