@@ -18,6 +18,11 @@ ACME: dict[str, Any] = {"license": "other", "license_name": "acme", "license_lin
 ACME_LINKED = {**ACME, "license_link": "https://huggingface.co/acme/Base/blob/main/LICENSE"}
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq_hf.model_cards.plots.draw", lambda _facts: {})  # which takes time
+
+
 def write_base(directory: Path, local: bool = False, **metadata: Any) -> None:
     base = {"name": "my-finetune" if local else "acme/Base", "revision": None if local else COMMIT, "local": local, "metadata": metadata}
     write_json(directory / "report.json", report(base_model=base))
