@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, constants, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers
 
-CARD = "README.md"
+CARD, REPORT_NAME = "README.md", "report.json"
 TIMEOUT = 5  # seconds: a card is not worth waiting for
 TEXT, TEXTS = ("license", "license_name", "license_link", "pipeline_tag", "library_name"), ("language", "tags", "base_model")
 
@@ -37,6 +38,15 @@ def describe(name_or_path: str | os.PathLike[str], commit: str | None = None) ->
     name = os.fspath(name_or_path)
     card = "" if not name else _read(Path(name) / CARD) if Path(name).is_dir() else _from_hub(name, commit)
     return {**identify(name, commit), "metadata": _metadata(card)}
+
+
+def quantized_from(directory: Path | None) -> dict[str, Any]:
+    """What the report.json of a quantized model's directory says of the original, as `describe` did; {} where it says nothing."""
+    try:
+        said = {} if directory is None else json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))["base_model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _read(path: str | Path) -> str:

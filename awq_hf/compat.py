@@ -239,3 +239,15 @@ def is_offloaded(module: Any) -> bool:
     """Whether accelerate keeps the module's weights elsewhere and brings them for every call."""
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """What a chat template makes of a conversation, up to where the answer would begin, as a tokenizer's apply_chat_template has it.
+
+    template: Jinja, which transformers runs in a sandbox; variables: special tokens by name, and what else it is to know. Raises whatever
+    the template does.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (text,), _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
+    return str(text)

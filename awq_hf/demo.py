@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from awq_hf.api import save
 from awq_hf.config import AwqConfig
 from awq_hf.evaluate import Evaluation, evaluate_many
+from awq_hf.evaluation_table import ORIGINAL, OURS, PLAIN
 from awq_hf.measure import bits_per_weight
 from awq_hf.output import check_output
 from awq_hf.report import REPORT_NAME
@@ -70,10 +71,10 @@ def run(out: Path, bits: int, group_size: int, console: Console) -> None:
     say("\nFor comparison, plain rounding to the nearest code, and then the measurements:")
     plain = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=AwqConfig.plain_rounding(**options))
 
-    models = {"original": original, "plain rounding": plain, "awq-hf": model}
+    models = {ORIGINAL: original, PLAIN: plain, OURS: model}
     results = evaluate_many(models, original, EVALUATION, tokenizer, SEQ_LEN, EVALUATION_TOKENS)
     console.print(_table(results, models))
-    ours, rounded = results["awq-hf"].kl or 0.0, results["plain rounding"].kl or 0.0
+    ours, rounded = results[OURS].kl or 0.0, results[PLAIN].kl or 0.0
     say(EXPLANATION.format(share=ours / max(rounded, 1e-12)))
 
     save(model, target, tokenizer)
@@ -83,7 +84,7 @@ def run(out: Path, bits: int, group_size: int, console: Console) -> None:
         if not torch.equal(loaded(**prompt).logits, model(**prompt).logits):
             raise RuntimeError(f"the model loaded from {target} does not compute the same logits as the one that was saved")
     say("Saved, and loaded again: the logits are equal to the last bit. How both models\ngo on from the same words:\n")
-    for name, each in (("original", original), ("awq-hf", loaded)):
+    for name, each in ((ORIGINAL, original), (OURS, loaded)):
         console.print(f"[bold]{name}[/]", highlight=False)
         say(f"  {_continue(each, tokenizer, prompt)}")
     file = to_gguf(target, target / GGUF_NAME, progress=False).files[0]

@@ -92,6 +92,13 @@ def evaluate(
     return evaluate_many({name: model}, reference, texts, tokenizer, seq_len, max_tokens, batch_size, progress)[name]
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raises ValueError for options that leave nothing to evaluate."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{option(name, value)} leaves nothing to evaluate; give at least 1")
+
+
 def evaluate_many(
     models: Mapping[str, Source],
     reference: Source | None = None,
@@ -111,9 +118,7 @@ def evaluate_many(
     A model may also be one whose blocks run one by one (block_by_block.py): its hidden states before the head are what is in memory, and
     are computed once.
     """
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option(name, value)} leaves nothing to evaluate; give at least 1")
+    check_counts(batch_size=batch_size, max_tokens=max_tokens)
     windows = load_windows(texts, tokenizer, seq_len, role="evaluation")
     if max_tokens is not None:
         count = max(1, max_tokens // seq_len)

@@ -1,4 +1,4 @@
-"""How figures of an evaluation are shown: the table that `awq-hf eval` prints, and when a perplexity says nothing."""
+"""What rows of an evaluation are called, how figures are shown in the table of `awq-hf eval`, and when a perplexity says nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+ORIGINAL, PLAIN, OURS = "original", "plain rounding", "awq-hf"  # rows of evaluation.json that no GGUF file is
 
 LABEL_WIDTH, FIGURE_WIDTH = 10, 18  # the widest label; the widest figure, "+0.01234 ± 0.00012"
 CAPTION = (

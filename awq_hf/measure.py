@@ -24,7 +24,8 @@ from awq_hf.block_by_block import BlockByBlock
 from awq_hf.calibration.data import load_windows
 from awq_hf.classes import class_for, loaded_whole, positions_of, read_config
 from awq_hf.compat import Conv1D
-from awq_hf.evaluate import Texts, evaluate_many
+from awq_hf.evaluate import Texts, check_counts, evaluate_many
+from awq_hf.evaluation_table import ORIGINAL, OURS, PLAIN
 from awq_hf.linear import PackedModule, packed_modules
 from awq_hf.machine import machine, versions
 from awq_hf.output import check_writable, write_whole
@@ -32,7 +33,6 @@ from awq_hf.spec import QuantSpec
 from awq_hf.streaming import load_float
 
 EVALUATION_NAME = "evaluation.json"
-ORIGINAL, PLAIN, OURS = "original", "plain rounding", "awq-hf"  # rows that are no files
 SAME_CODES = ("compressed-tensors", "gptq", "dense")  # exports that hold the checkpoint's weights: its row is theirs
 MAX_TOKENS = 2**16  # of the text: more changes the third digit
 SEQ_LEN = 512
@@ -67,6 +67,7 @@ def measure(
     folder, where = Path(directory), dict(location or {})
     if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
         raise ValueError(f"{directory} holds no model: neither config.json nor a GGUF file is there")
+    check_counts(batch_size=batch_size, max_tokens=max_tokens)
     check_writable(folder)
     config = read_config(original, trust_remote_code, **where)
     tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=trust_remote_code, **where)

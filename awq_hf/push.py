@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from awq_hf.api import save
+from awq_hf.base_model import quantized_from
 from awq_hf.exporters.hub import CARD, MakeCard, PushResult, check_not_original, find_repository, push_directory
-from awq_hf.report import REPORT_NAME
+from awq_hf.wording import option
 
 
 def push_to_hub(
@@ -25,6 +26,7 @@ def push_to_hub(
     commit_description: str | None = None,
     token: str | bool | None = None,
     base_model: str | None = None,
+    license: str | None = None,
     overwrite_card: bool = False,
     dry_run: bool = False,
     progress: bool = True,
@@ -35,7 +37,8 @@ def push_to_hub(
     model: a directory, or a model in memory, which is saved to a temporary one (save_options go to save_pretrained: max_shard_size).
     repo_id: owner/name, or a name in the token's own namespace; created when it is not there (private: not for everyone to see).
     revision: a branch, created from main when it is not there. create_pr: open a pull request instead of committing. token: else that
-    of `hf auth login` or HF_TOKEN. base_model: the Hub id of the original, for the card, where report.json does not know it.
+    of `hf auth login` or HF_TOKEN. base_model: the Hub id of the original, for the card, where report.json does not know it; license: the
+    Hub's id of the licence, where the original's card does not say it.
 
     The card is written anew each time, but one that a person wrote or edited stays: the directory's README.md goes as it is, and the
     repository's is kept; overwrite_card replaces the latter. dry_run: look at everything and change nothing;
@@ -43,6 +46,9 @@ def push_to_hub(
     Files that the repository holds already are not sent, so a run that broke is repeated to continue it.
     Raises ValueError, PermissionError or ConnectionError with one sentence; before anything is sent where that can be known.
     """
+    of_card = dict(base_model=base_model, license=license)
+    if isinstance(model, (str, os.PathLike)):
+        _check_use(Path(model), **of_card)
     target = find_repository(repo_id, private=private, revision=revision, create_pr=create_pr, token=token, dry_run=dry_run)
     rest: dict[str, Any] = dict(
         private=private, commit_message=commit_message, commit_description=commit_description, dry_run=dry_run, progress=progress
@@ -52,25 +58,37 @@ def push_to_hub(
             raise TypeError(f"{', '.join(save_options)}: options for saving have no use with a directory")
         if revision in (None, "main") and not create_pr:
             check_not_original(target.repo_id, _original(Path(model)))
-        return push_directory(model, target, make_card=card_for(Path(model), base_model, overwrite_card), **rest)
+        return push_directory(model, target, make_card=card_for(Path(model), overwrite_card, **of_card), **rest)
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     with TemporaryDirectory() as room:
         directory = Path(room) / "model"
         save(model, directory, getattr(config, "tokenizer", None) or model.name_or_path, **save_options)
-        return push_directory(directory, target, make_card=card_for(directory, base_model, overwrite_card), **rest)
+        return push_directory(directory, target, make_card=card_for(directory, overwrite_card, **of_card), **rest)
 
 
 def _original(directory: Path) -> str:
     """The Hub id of the model that was quantized, as report.json has it; or nothing."""
-    try:
-        said = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))["base_model"]
-        return "" if said["local"] else str(said["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    said = quantized_from(directory)
+    return "" if said.get("local", True) else str(said.get("name") or "")
 
 
-def card_for(directory: Path, base_model: str | None, overwrite: bool) -> MakeCard:
-    """Which card goes with `directory`: what a person wrote comes before what is generated, and the repository's before ours."""
+def _check_use(directory: Path, **of_card: str | None) -> None:
+    """Raises ValueError for options of a card that is not made, since a person wrote one."""
+    from awq_hf.model_cards import is_generated
+
+    path, given = directory / CARD, [name for name, value in of_card.items() if value is not None]
+    if given and path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"a person wrote or edited {path}, which goes as it is, so {option(given[0], of_card[given[0]])} would be of no use; write it "
+            f"there, or have the card made again: awq-hf card {shlex.quote(str(directory))} --overwrite"
+        )
+
+
+def card_for(directory: Path, overwrite: bool, **of_card: str | None) -> MakeCard:
+    """Which card goes with `directory`: what a person wrote comes before what is generated, and the repository's before ours.
+
+    of_card: base_model and license of make_card.
+    """
     from awq_hf.model_cards import is_generated, make_card  # not above: templates are not needed to load a model
 
     def files(repo_id: str, there: str | None) -> Mapping[str, bytes | None]:
@@ -80,6 +98,6 @@ def card_for(directory: Path, base_model: str | None, overwrite: bool) -> MakeCa
             return {CARD: None}
         if here is not None and not is_generated(here):
             return {}
-        return make_card(directory, repo_id, base_model)
+        return make_card(directory, repo_id, **of_card)
 
     return files

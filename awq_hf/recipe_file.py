@@ -38,8 +38,8 @@ class Run:
 
     model: a directory or a Hub id, of which revision is a branch, tag or commit. dtype, device: to load it. export: targets, each
     TARGET or TARGET:TYPE. measure: None for "if there is a text, or something to push". text: a file. push: a repository, private if it
-    is new and so asked. base_model: the Hub id that a card names. trust_remote_code: whether code that comes with the model was run; who
-    repeats that has to say it again.
+    is new and so asked. base_model: the Hub id that a card names, license: that of its licence. trust_remote_code: whether code that comes
+    with the model was run; who repeats that has to say it again.
     """
 
     model: str | None = None
@@ -52,6 +52,7 @@ class Run:
     push: str | None = None
     private: bool = False
     base_model: str | None = None
+    license: str | None = None
     trust_remote_code: bool = False
 
 

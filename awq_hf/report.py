@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from awq_hf.base_model import REPORT_NAME as REPORT_NAME
 from awq_hf.model_cards.summary import loss_ratio, summarize
 from awq_hf.wording import option
-
-REPORT_NAME = "report.json"
 
 
 @dataclass

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from awq_hf import compat, renaming
-from awq_hf.base_model import identify
 from awq_hf.classes import empty_model, positions_of, read_config
 from awq_hf.config import AwqConfig
 from awq_hf.exporters.checkpoint import Checkpoint, Entry, open_checkpoint
@@ -104,21 +103,14 @@ def _gguf_files(
 ) -> dict[Target, Path]:
     if not targets:
         return {}
-    from awq_hf.exporters.gguf.types import AUTO, encoding, file_type
-    from awq_hf.exporters.gguf.writer import plan_tensors, plan_types, prepare
+    from awq_hf.exporters.gguf.types import AUTO
+    from awq_hf.exporters.gguf.writer import prepare
 
-    base = identify(model)["name"].rpartition("/")[2]
     original = open_checkpoint(model, **location)
-    if original.config.get_text_config() is not original.config:
-        base += "-text"
     files = {}
     for target in targets:
         checkpoint = original if target.type else _as_quantized(original, empty, specs)
-        wanted = target.type or AUTO
-        types = plan_types(checkpoint, plan_tensors(checkpoint), wanted)
-        name = f"{base}-{encoding(file_type(wanted, types))}" if target.type else f"{base}-AWQ-{encoding(file_type(wanted, types))}"
-        files[target] = out / f"{name}.gguf"
-        prepare(checkpoint, files[target], type=wanted, metadata={"name": base})
+        files[target] = prepare(checkpoint, out, type=target.type or AUTO).target
     return files
 
 

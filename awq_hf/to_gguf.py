@@ -31,7 +31,7 @@ from awq_hf.exporters.gguf.budget import choose
 from awq_hf.exporters.gguf.encode import n_bytes
 from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from awq_hf.exporters.gguf.names import Plan
-from awq_hf.exporters.gguf.types import AUTO, FLOATS, check_name
+from awq_hf.exporters.gguf.types import AUTO, FLOATS, UNSEARCHED, check_name
 from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types, prepare
 from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.pipeline import Progress
@@ -79,28 +79,27 @@ def to_gguf(
     search for llama.cpp's own tools, in their older format unless the name ends in .gguf. options: of `exporters.gguf.export`.
     Raises ValueError for what cannot be exported or found in the options, before anything is written.
     """
+    if target_bpw is not None and type is not None:
+        given, types_of = option("target_bpw", target_bpw), option("type", type)
+        raise ValueError(f"{given} chooses the types itself, so {types_of} would be of no use; leave one out")
     checkpoint = open_checkpoint(model, **(location or {}))
+    kind = check_name(type) if type else None
+    _check_use(checkpoint.quantization is not None, kind, search, imatrix, config=config, save_imatrix=save_imatrix, target_bpw=target_bpw)
     plan = plan_tensors(checkpoint)
     columns = {} if imatrix is None else _importance(imatrix, plan)
     searched = checkpoint.quantization is None and search and not columns
-    if save_imatrix is not None and (not searched or Path(save_imatrix).exists()):
-        why = "exists; choose another name" if searched else "cannot be saved: only the search of a float model measures importance"
-        raise ValueError(f"the importance matrix {save_imatrix} {why}")
-    if target_bpw is not None and not searched:
-        raise ValueError(
-            f"{option('target_bpw')} chooses types by a search, which needs a float model, and neither {option('search', False)} nor an "
-            "importance matrix"
-        )
+    if save_imatrix is not None and Path(save_imatrix).exists():
+        raise ValueError(f"the importance matrix {save_imatrix} exists; choose another name")
     if checkpoint.quantization is not None:
-        types = plan_types(checkpoint, plan, check_name(type or AUTO), exact)
-        same = exact or (type or AUTO) == AUTO
+        types = plan_types(checkpoint, plan, kind or AUTO, exact)
+        same = exact or (kind or AUTO) == AUTO
         options = _described(options, f"{'The integers of an' if same else 'An'} AWQ checkpoint, repacked by awq-hf")
-        return GgufExport(export(checkpoint, path, type=type or AUTO, exact=exact, importance=columns, **options), types)
+        return GgufExport(export(checkpoint, path, type=kind or AUTO, exact=exact, importance=columns, **options), types)
     if exact:
         raise ValueError(
             f"{option('exact')} keeps the codes of a quantized checkpoint; this model is float: type F32, F16 or BF16 keeps its weights"
         )
-    wanted = check_name(type or (DEFAULT if target_bpw is None else _usual(target_bpw)))
+    wanted = kind or (DEFAULT if target_bpw is None else _usual(target_bpw))
     if wanted == AUTO:
         raise ValueError(f"type auto is for quantized checkpoints, whose codes decide; choose a type for this float model: {DEFAULT}")
     types = plan_types(checkpoint, plan, wanted)
@@ -113,6 +112,26 @@ def to_gguf(
     return _Search(checkpoint, model, plan, config or AwqConfig(), device, location or {}).export(
         types, path, wanted, target_bpw, save_imatrix, options
     )
+
+
+def _check_use(quantized: bool, kind: str | None, search: bool, imatrix: Any, **of_search: Any) -> None:
+    """Raises ValueError for options that would be ignored. kind: the type asked for; of_search: options of a float model's search."""
+    if imatrix is not None and kind in UNSEARCHED:
+        raise ValueError(f"{option('type', kind)} weighs nothing by importance, so {option('imatrix')} would be of no use; leave it out")
+    if quantized:
+        why = "a quantized checkpoint keeps its codes"
+    elif imatrix is not None:
+        why = f"{option('imatrix')} takes its place"
+    elif not search:
+        why = f"{option('search', False)} leaves it out"
+    elif kind in UNSEARCHED:
+        why = f"{option('type', kind)} needs none"
+    else:
+        return
+    given = [option(name) for name, value in of_search.items() if value is not None]
+    given += [option("search", False)] if quantized and not search else []
+    if given:
+        raise ValueError(f"{given[0]} is about the search of a float model, and there is none here: {why}; leave {given[0]} out")
 
 
 def _described(options: dict[str, Any], how: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from awq_hf.exporters.table import TARGETS
 from awq_hf.headers import INDEX, WEIGHTS, Headers, read_headers, weight_files
+from awq_hf.model_cards.chat import Template
 from awq_hf.serving import slow_as_awq
 from awq_hf.skip_list import caveats
 from awq_hf.spec import GROUP_SIZES, QuantSpec
@@ -39,7 +40,7 @@ class Artifact:
     path: relative to the directory, as evaluation.json names it; files: of the weights, likewise. format: awq, gptq, compressed-tensors,
     gguf, float, or another's quant_method. bits: widths of the codes. tag: what the Hub, llama.cpp and Ollama call a GGUF file's type,
     None where its name has no such part. readers: programs; slow: those of them that have fast kernels for these weights, but not in this
-    format. made: how, as a GGUF file says it. obstacles: why vLLM and SGLang refuse it, in spite of the format.
+    format. made: how, and template: of chats, as a GGUF file has them. obstacles: why vLLM and SGLang refuse it, in spite of the format.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Artifact:
     readers: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
     made: str | None = None
+    template: Template | None = None
     obstacles: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -116,7 +118,7 @@ def _checkpoint(directory: Path, folder: Path, shapes: dict[str, tuple[int, int]
     return Artifact(
         path=folder.relative_to(directory).as_posix(),
         format=method,
-        label=_label(method, bits, config, headers),
+        label=_label(method, bits, config, headers, folder != directory),
         files=tuple(path.relative_to(directory).as_posix() for path in paths),
         size=sum(path.stat().st_size for path in paths),
         bits=bits,
@@ -139,9 +141,10 @@ def _widths(method: str, stored: dict[str, Any]) -> tuple[int, ...]:
     return tuple(sorted({bits for bits in found if isinstance(bits, int)}))
 
 
-def _label(method: str, bits: tuple[int, ...], config: dict[str, Any], headers: Headers) -> str:
+def _label(method: str, bits: tuple[int, ...], config: dict[str, Any], headers: Headers, exported: bool) -> str:
     if method == "float":
-        return str(config.get("dtype") or config.get("torch_dtype") or next(iter(headers.values())).dtype)
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or next(iter(headers.values())).dtype)
+        return f"Dequantized, {dtype}" if exported else dtype
     width = f", {' and '.join(map(str, bits))} bit{'s' * (bits != (1,))}" if bits else ""
     return f"{_NAMES.get(method, method)}{width}"
 
@@ -231,4 +234,5 @@ def _gguf(directory: Path, files: list[Path]) -> Artifact:
         tag=tag,
         readers=("llama.cpp", "Ollama"),
         made=headers[0].description,
+        template=headers[0].chat_template,
     )

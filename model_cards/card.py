@@ -14,16 +14,19 @@ README = "README.md"
 _MARK = re.compile(r"<!-- awq-hf card, sha256 ([0-9a-f]{64}): replaced when the card is made again, as long as nobody edits it -->\s*$")
 
 
-def make_card(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> dict[str, bytes]:
+def make_card(
+    directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None, license: str | None = None
+) -> dict[str, bytes]:
     """Path in the repository -> content: README.md, and the plots that it shows.
 
     repo_id: where the directory will be on the Hub; without it, snippets run beside the directory. base_model: the Hub id of the original,
-    over what report.json says. What nobody measured or wrote down is left out. Raises ValueError for a directory that holds no model, a
-    file in it that cannot be read, and a name that is no Hub id.
+    over what report.json says. license: an id of the Hub's, over what the original's card says. Both are remembered when the card is made
+    again. What nobody measured or wrote down is left out. Raises ValueError for a directory that holds no model, a file in it that cannot
+    be read, and a name that is no Hub id.
     """
     from awq_hf.model_cards.facts import gather
 
-    return write_card(gather(directory, repo_id, base_model))
+    return write_card(gather(directory, repo_id, base_model, license))
 
 
 def write_card(facts: Facts) -> dict[str, bytes]:

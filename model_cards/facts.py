@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +13,27 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from awq_hf.base_model import describe
+from awq_hf.base_model import REPORT_NAME, describe
 from awq_hf.evaluation_table import is_strange
 from awq_hf.model_cards.artifacts import ROOT, Artifact, find_artifacts, read_json, writes_text
 from awq_hf.model_cards.card import README, is_generated
+from awq_hf.model_cards.chat import Chat, chat_of, template_of
+from awq_hf.model_cards.licence import check_licence, licence_of
 from awq_hf.wording import option
 
-REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
+EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
 FAST_TARGET = "compressed-tensors"  # of an export, for weights that servers run slowly as AWQ
-ORIGINAL, PLAIN = "original", "plain rounding"  # rows of evaluation.json that describe no file here
 
 
 @dataclass(frozen=True)
 class Base:
-    """The original model. id: on the Hub, None for a local one; metadata: of its card, as in report.json."""
+    """The original model. id: on the Hub, where one is known; local: whether it was a directory when it was quantized; metadata: of its
+    card, as in report.json."""
 
     name: str
     id: str | None
     revision: str | None
+    local: bool
     metadata: dict[str, Any]
 
 
@@ -64,8 +66,10 @@ class Measured:
 class Facts:
     """directory: as the user called it. where: the repository's id, or the directory's name, which snippets use.
 
-    report: report.json or None; recipe: the text of recipe.yaml or None; rows, date: of evaluation.json; reference_bytes: of the
-    original's weights. chat, tokenizer, code: whether there is a chat template, a tokenizer, code that loading runs.
+    licence: license, license_name and license_link of the card's header, those that there are. report: report.json or None; recipe: the
+    text of recipe.yaml or None; rows, date: of evaluation.json; reference_bytes: of the original's weights. chat: the prompt format, None
+    of a model without a chat template, and where that fails: chat_problem says why then. tokenizer, code: whether there is a tokenizer,
+    and code that loading runs.
     """
 
     directory: str
@@ -73,13 +77,15 @@ class Facts:
     where: str
     repo_id: str | None
     base: Base | None
+    licence: dict[str, Any]
     artifacts: list[Artifact]
     report: dict[str, Any] | None
     recipe: str | None
     rows: list[Measured]
     date: str | None
     reference_bytes: int | None
-    chat: bool
+    chat: Chat | None
+    chat_problem: str | None
     tokenizer: bool
     code: bool
 
@@ -119,16 +125,19 @@ class Facts:
         return row.bits_per_weight if row and own and row.bits_per_weight is not None else artifact.bits_per_weight
 
 
-def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None) -> Facts:
-    """Raises ValueError for a directory without a model, and for a float model that no report.json says was ever quantized; for files that
-    cannot be read, and for names that are no Hub ids.
+def gather(
+    directory: str | os.PathLike[str], repo_id: str | None = None, base_model: str | None = None, license: str | None = None
+) -> Facts:
+    """Arguments are make_card's. Raises ValueError for a directory without a model, and for a float model that no report.json says was
+    ever quantized; for files that cannot be read, and for names that are no Hub ids, or no licence's.
     """
     path = Path(directory)
     if not path.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that awq-hf quantize wrote")
     check_hub_id("repo_id", repo_id)
     check_hub_id("base_model", base_model)
-    report = _report(path / REPORT)
+    license = check_licence(license)
+    report = _report(path / REPORT_NAME)
     shapes = {layer["name"]: tuple(layer["shape"]) for layer in report["layers"]} if report else {}
     artifacts = find_artifacts(path, shapes)
     if not artifacts:
@@ -138,23 +147,30 @@ def gather(directory: str | os.PathLike[str], repo_id: str | None = None, base_m
             f"{directory} holds a float model, and nothing that is quantized: this card would tell of what was not done. Give the "
             "directory that awq-hf quantize or export wrote; a README.md of your own is pushed as it is"
         )
+    before = _said_before(path)
     if base_model is None and _hub_id(report) is None:
-        base_model = _named_before(path)
+        base_model = _named_before(before)
+    base = _base(report, base_model)
+    if (base.id if base else None) == before.get("base_model") and isinstance(before.get("license"), str):
+        license = license or before["license"]
     evaluation = read_json(path / EVALUATION) if (path / EVALUATION).is_file() else {}
+    chat, chat_problem = _chat(path, artifacts)
     name = repo_id or path.resolve().name
     return Facts(
         directory=str(directory),
         title=name.rpartition("/")[2],
         where=name,
         repo_id=repo_id,
-        base=_base(report, base_model),
+        base=base,
+        licence=licence_of(path, base.metadata if base else {}, base.id if base else None, license),
         artifacts=artifacts,
         report=report,
         recipe=(path / RECIPE).read_text(encoding="utf-8") if (path / RECIPE).is_file() else None,
         rows=list(_rows(evaluation, path / EVALUATION)),
         date=evaluation.get("date") or None,
         reference_bytes=_whole((evaluation.get("reference") or {}).get("weights_bytes")),
-        chat=_has_chat_template(path),
+        chat=chat,
+        chat_problem=chat_problem,
         tokenizer=any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")),
         code=_has_code(path),
     )
@@ -164,31 +180,6 @@ def _has_code(path: Path) -> bool:
     """A model of a class that transformers knows may keep a mention of code that it came with, but not the code."""
     configs = [path / name for name in ("config.json", "tokenizer_config.json")]
     return any(path.glob("*.py")) and any(config.is_file() and read_json(config).get("auto_map") for config in configs)
-
-
-def missing(facts: Facts) -> list[tuple[str, str]]:
-    """(what a reader would want to know and the card does not say, the command or step that changes this)."""
-    found = []
-    source = facts.base.id if facts.base and facts.base.id else "MODEL"
-    if facts.base and facts.base.id and facts.base.revision:
-        source += f"@{facts.base.revision}"
-    command = lambda *words: shlex.join(["awq-hf", *words])  # noqa: E731
-    if facts.base is None or facts.base.id is None:
-        repository = ["--repo-id", facts.repo_id] if facts.repo_id else []
-        again = command("card", facts.directory, *repository, "--base-model", "OWNER/NAME")
-        found.append(("which model of the Hub this was made from", again))
-    elif not facts.base.metadata.get("license"):
-        found.append(("the licence, which no card of the original says", f"write it into the card of {facts.base.id}, or edit README.md"))
-    if facts.report is None and facts.root is not None:
-        found.append(("what was done to the layers", command("quantize", source, "OUT")))
-    if facts.root and facts.root.slow and not facts.served_folders:
-        again = command("export", FAST_TARGET, facts.directory, str(Path(facts.directory) / FAST_TARGET))
-        found.append((f"a form that {' and '.join(facts.root.slow)} run with their fast kernels, as they do not run symmetric AWQ", again))
-    unmeasured = [artifact.path for artifact in facts.artifacts if facts.row(artifact) is None]
-    if unmeasured:
-        files = ", ".join("the checkpoint" if path == ROOT else path for path in unmeasured)
-        found.append((f"the quality of {files}", command("eval", facts.directory, "--reference", source, "--save")))
-    return found
 
 
 def _report(path: Path) -> dict[str, Any] | None:
@@ -207,11 +198,16 @@ def _hub_id(report: dict[str, Any] | None) -> str | None:
     return name if isinstance(name, str) and name and not said.get("local", True) and _is_hub_id(name) else None
 
 
-def _named_before(path: Path) -> str | None:
-    """The original's id that an earlier card of ours was given: pushing makes the card again, and need not be told once more."""
+def _said_before(path: Path) -> dict[str, Any]:
+    """The header of an earlier card of ours: pushing makes the card again, and need not be told once more what nobody else knows."""
     readme = path / README
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    named = ModelCard(text).data.get("base_model") if is_generated(text) else None
+    return ModelCard(text).data.to_dict() if is_generated(text) else {}
+
+
+def _named_before(before: dict[str, Any]) -> str | None:
+    """The original's id that an earlier card was given."""
+    named = before.get("base_model")
     return named if isinstance(named, str) and _is_hub_id(named) else None
 
 
@@ -230,7 +226,7 @@ def _base(report: dict[str, Any] | None, base_model: str | None) -> Base | None:
         return None
     if hub_id and not metadata.get("license"):  # the directory that was quantized had no card, or the card has been written since
         metadata = {**describe(hub_id)["metadata"], **metadata}
-    return Base(hub_id or str(name), hub_id, revision, metadata)
+    return Base(hub_id or str(name), hub_id, revision, bool(said.get("local")), metadata)
 
 
 def _rows(evaluation: dict[str, Any], path: Path) -> Iterator[Measured]:
@@ -274,6 +270,12 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _has_chat_template(path: Path) -> bool:
+def _chat(path: Path, artifacts: list[Artifact]) -> tuple[Chat | None, str | None]:
+    """The prompt format, or why there is none although there is a template: of the tokenizer here, or else that of a GGUF file."""
     config = path / "tokenizer_config.json"
-    return (path / "chat_template.jinja").is_file() or (config.is_file() and bool(read_json(config).get("chat_template")))
+    template = template_of(path, read_json(config) if config.is_file() else {})
+    template = template or next((artifact.template for artifact in artifacts if artifact.template), None)
+    try:
+        return (chat_of(template) if template else None), None
+    except ValueError as problem:
+        return None, str(problem)

@@ -16,6 +16,7 @@ ROUNDING = {
     "gptq": "rounding with GPTQ",
     "descent": "rounding with GPTQ, then coordinate descent on integers and scales",
 }
+OF_SCALES_KEPT = " and scales"  # what is left out of these where scales are not refitted
 
 
 def made(facts: Facts) -> dict[str, Any]:
@@ -24,18 +25,29 @@ def made(facts: Facts) -> dict[str, Any]:
     return {
         "recipe": report.get("recipe", {}),
         "method": _method(facts),
+        "fitted": _fitted(facts.layers, report.get("recipe") or {}),
         "stored": _stored(facts),
         "kinds": _kinds(facts.layers),
         "baseline": "the type's plain quantizer" if _searched(facts) else "plain rounding",
         "loss": f"{loss_ratio(facts.layers):.0%}" if facts.layers else None,
         "fallbacks": [layer for layer in facts.layers if layer.get("fallback")],
         "remarks": remarks(report) if report else [],
-        "notes": list(dict.fromkeys([*report.get("notes", []), *(text for artifact in facts.artifacts for text in artifact.obstacles)])),
+        "notes": [_sentence(note) for note in dict.fromkeys([*report.get("notes", []), *_obstacles(facts)])],
         "left": _left(facts),
         "machine": _machine(report.get("machine", {})),
         "seconds": _time(report.get("seconds", {}).get("total")),
         "versions": listed(f"{name} {version}" for name, version in report.get("versions", {}).items()),
     }
+
+
+def _obstacles(facts: Facts) -> list[str]:
+    return [text for artifact in facts.artifacts for text in artifact.obstacles]
+
+
+def _sentence(note: str) -> str:
+    """With a capital, unless it begins with a name."""
+    first = note.split(" ")[0]
+    return note[:1].upper() + note[1:] if first.isalpha() and first.islower() else note
 
 
 def listed(names: Iterable[str]) -> str:
@@ -49,13 +61,26 @@ def _method(facts: Facts) -> str | None:
         return None
     if _searched(facts):
         return "smoothing scales judged by each type's own quantizer; codes chosen together, on the steps that it found"
+    rounding = ROUNDING.get(recipe.get("rounding", ""), one_line(recipe.get("rounding")))
     steps = [
         *(["AWQ's smoothing scales"] if recipe.get("scale") else []),
         *(["clipping of group ranges"] if recipe.get("clip") else []),
-        ROUNDING.get(recipe.get("rounding", ""), one_line(recipe.get("rounding"))),
+        rounding.removesuffix(OF_SCALES_KEPT) if recipe.get("scales_for") else rounding,
     ]
-    fitted = "; each layer is fitted to the inputs that it gets from the layers quantized before it"
-    return listed(steps) + (fitted if recipe.get("stream") == "quantized" else "")
+    return listed(steps)
+
+
+def _fitted(layers: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
+    """What layers were fitted to: what the recipe asked for, as far as it was of use to a layer. See transforms/correction.py."""
+    if recipe.get("stream") != "quantized":
+        return []
+    count = lambda key: sum((layer.get(key) or 0) > 0 for layer in layers) if recipe.get("correction") else 0  # noqa: E731
+    aimed, mending = count("correction"), count("residual") if recipe.get("residual") else 0
+    return [
+        "Each layer is fitted to the inputs that it gets from the layers quantized before it",
+        *([f"{aimed} of {len(layers)} layers aim at the float model's outputs in spite of the error in these inputs"] if aimed else []),
+        *([f"{mending} of {len(layers)} layers make up for the error that has gathered in the residual stream"] if mending else []),
+    ]
 
 
 def _searched(facts: Facts) -> bool:
@@ -80,7 +105,9 @@ def _stored(facts: Facts) -> list[str]:
     else:
         return []
     count = (lambda number: f" ({number} Linears)") if len(found) > 1 else lambda number: ""
-    return [f"{bits} bits, {_groups(group)}{grid}{count(number)}" for (bits, group), number in found]
+    kind = (facts.report or {}).get("recipe", {}).get("scales_for")
+    exact = f"; scales that GGUF's {one_line(kind)} holds exactly" if kind else ""
+    return [f"{bits} bits, {_groups(group)}{grid}{count(number)}{exact}" for (bits, group), number in found]
 
 
 def _type_name(kind: Any) -> str:

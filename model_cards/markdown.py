@@ -66,4 +66,4 @@ def link(url: object, name: object) -> Safe:
     return Safe(f"[{escape(name)}]({quote(str(url), safe='/:')})")
 
 
-FILTERS = {"link": link, "code": code, "shell": shell, "python": python, "url_path": url_path, "fenced": fenced}
+FILTERS = {"safe": Safe, "link": link, "code": code, "shell": shell, "python": python, "url_path": url_path, "fenced": fenced}

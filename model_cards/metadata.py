@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from awq_hf.model_cards.artifacts import ROOT
 from awq_hf.model_cards.facts import Facts, Measured
+from awq_hf.model_cards.licence import text_of
 from awq_hf.model_cards.markdown import one_line
 
 _FORMATS = {"awq", "gguf", "gptq", "safetensors", "pytorch", "transformers", "llama.cpp", "compressed-tensors", "autotrain_compatible"}
 
 
 def card_data(facts: Facts) -> ModelCardData:
-    """Licence, languages and task are the original's, or absent. quantized_by: who publishes it."""
+    """Languages and task are the original's, or absent. quantized_by: who publishes it."""
     base = facts.base
     inherited = base.metadata if base else {}
-    task = _text(inherited.get("pipeline_tag")) or _task(facts.class_name)
+    task = text_of(inherited.get("pipeline_tag")) or _task(facts.class_name)
     results = _results(facts, task or "text-generation")
     return ModelCardData(
         base_model=base.id if base else None,
         base_model_relation="quantized" if base and base.id else None,
-        **_licence(inherited, base.id if base else None),
+        **facts.licence,
         language=_languages(inherited.get("language")),
         library_name="transformers" if facts.root else "gguf" if facts.gguf else None,
         pipeline_tag=task,
@@ -33,17 +33,6 @@ def card_data(facts: Facts) -> ModelCardData:
         model_name=facts.title if results else None,
         quantized_by=facts.repo_id.partition("/")[0] if facts.report and facts.repo_id and "/" in facts.repo_id else None,
     )
-
-
-def _text(value: Any) -> str | None:
-    return (one_line(value) or None) if isinstance(value, str) else None
-
-
-def _licence(inherited: dict[str, Any], base_id: str | None) -> dict[str, Any]:
-    link = _text(inherited.get("license_link"))
-    if link is not None and not re.match(r"https?://", link):  # a file beside the original
-        link = f"https://huggingface.co/{base_id}/blob/main/{quote(link)}" if base_id and re.fullmatch(r"[\w./-]+", link) else None
-    return {"license": _text(inherited.get("license")), "license_name": _text(inherited.get("license_name")), "license_link": link}
 
 
 def _languages(value: Any) -> str | list[str] | None:

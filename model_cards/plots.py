@@ -6,7 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from awq_hf.model_cards.facts import PLAIN, Facts
+from awq_hf.evaluation_table import PLAIN
+from awq_hf.model_cards.facts import Facts
 from awq_hf.model_cards.markdown import one_line
 
 if TYPE_CHECKING:

@@ -9,15 +9,16 @@ from typing import Any
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from awq_hf.evaluation_table import STRANGE_TEXT, perplexity, with_error
+from awq_hf.evaluation_table import ORIGINAL, PLAIN, STRANGE_TEXT, perplexity, with_error
 from awq_hf.model_cards.artifacts import AUTO_CLASSES, ROOT, Artifact, writes_text
-from awq_hf.model_cards.facts import FAST_TARGET, ORIGINAL, PLAIN, Facts, Measured
+from awq_hf.model_cards.facts import FAST_TARGET, Facts, Measured
 from awq_hf.model_cards.made import listed, made
 from awq_hf.model_cards.markdown import FILTERS, escape, one_line
 from awq_hf.model_cards.metadata import card_data
 from awq_hf.model_cards.plots import KL_PLOT, LOSS_PLOT
 
-SECTIONS = ("files", "quality", "run", "made", "reproduce", "citation")
+SECTIONS = ("files", "quality", "run", "chat", "made", "reproduce", "citation")
+QUESTION, TEXT = "Why is the sky blue?", "The sky is blue because"  # for models that chat, and that go on from a text
 AUDIENCE = {  # {}: the programs
     "awq": "GPUs and servers: {}",
     "gptq": "GPUs and servers: {}",
@@ -65,10 +66,13 @@ def _context(facts: Facts, plots: Container[str]) -> dict[str, Any]:
         "loss_plot": LOSS_PLOT if LOSS_PLOT in plots else None,
         "kl_plot": KL_PLOT if KL_PLOT in plots else None,
         "snippet_gguf": _gguf_snippet(facts),
-        "folders": facts.served_folders,
+        "folders": [artifact for artifact in facts.artifacts if artifact.path != ROOT and _is_run(facts, artifact)],
+        "listed": listed,
+        "text": TEXT,
+        "question": QUESTION,
         "as_fast": FAST_TARGET,
-        "auto_class": _auto_class(facts.class_name),
-        "causal": writes_text(facts.class_name),
+        "auto_class": _auto_class,
+        "writes_text": writes_text,
         "checkpoints": len(facts.artifacts) > len(facts.gguf),
         **made(facts),
         "memory": {where: size(peak) for where, peak in (facts.report or {}).get("peak_memory_bytes", {}).items() if peak},
@@ -85,8 +89,16 @@ def size(count: int) -> str:
 def _what(facts: Facts) -> str:
     """quantized to 4 bits with AWQ / in AWQ / as GGUF"""
     bits = sorted({width for artifact in facts.artifacts for width in artifact.bits})
-    formats = listed(dict.fromkeys(artifact.label.split(",")[0].split(" ")[0] for artifact in facts.artifacts))
+    quantized = [artifact for artifact in facts.artifacts if artifact.format != "float"] or facts.artifacts
+    formats = listed(dict.fromkeys(artifact.label.split(",")[0].split(" ")[0] for artifact in quantized))
     return f"quantized to {listed(map(str, bits))} bits ({formats})" if bits else f"as {formats}"
+
+
+def _is_run(facts: Facts, artifact: Artifact) -> bool:
+    """Whether there is something to say on how a checkpoint in a folder is run."""
+    if artifact.format == "float" or artifact.readers == ("compressed-tensors",):
+        return facts.tokenizer and artifact.class_name is not None
+    return writes_text(artifact.class_name) and bool(artifact.readers)
 
 
 def _auto_class(class_name: str | None) -> str | None:
@@ -171,11 +183,11 @@ def _quality(facts: Facts, row: Measured) -> dict[str, Any]:
 
 
 def _together(labels: list[str]) -> str:
-    """AWQ and compressed-tensors, 4 bits"""
-    parts = [label.partition(", ") for label in labels]
-    if len({width for *_, width in parts}) > 1:
-        return listed(labels)
-    return listed(form for form, *_ in parts) + "".join(parts[0][1:])
+    """AWQ and compressed-tensors, 4 bits; Dequantized, bfloat16"""
+    forms: dict[str, list[str]] = {}
+    for form, _, width in (label.partition(", ") for label in labels):
+        forms.setdefault(width, []).append(form)
+    return "; ".join(listed(some) + f", {width}" * bool(width) for width, some in forms.items())
 
 
 def _share(facts: Facts) -> dict[str, str] | None:

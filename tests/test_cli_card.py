@@ -60,7 +60,18 @@ def test_the_original_is_asked_for_its_licence_when_the_directory_had_none(run: 
     assert "license: mit\n" in head and "language: en\n" in head
     assert "licence" not in run("card", model, "--repo-id", "me/tiny").out  # as a push makes the card: the id is remembered
     assert "base_model: acme/Tiny\n" in (model / "README.md").read_text()
-    assert "write it into the card of acme/Other" in run("card", model, "--base-model", "acme/Other").out
+    assert f"awq-hf card {model} --license ID\n" in run("card", model, "--base-model", "acme/Other").out
+
+
+def test_a_licence_that_only_the_publisher_knows(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq_hf.base_model._from_hub", lambda *_: "")
+    assert run("card", model, "--license", "not one").refused("--license 'not one' is not the id of a licence", "apache-2.0")
+    assert (
+        "the licence" not in run("card", model, "--license", "Apache-2.0").out
+        and "license: apache-2.0\n" in (model / "README.md").read_text()
+    )
+    assert run("card", model, "--repo-id", "me/tiny").status == 0  # as a push makes the card
+    assert "license: apache-2.0\n" in (model / "README.md").read_text()
 
 
 def test_a_repository_has_an_owner(run: Run, model: Path) -> None:

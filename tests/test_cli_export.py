@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,8 @@ def test_a_gguf_file_says_its_bits_a_weight(run: Run, demo_dir: Path, tmp_path: 
     tensors = GGUFReader(tmp_path / "tiny.gguf").tensors
     bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
     assert done.status == 0 and f" MB in 1 file, {bits:.2f} bits a weight\n" in done.out, done
+    assert done.out.endswith(f"Run it:  llama-completion -m {tmp_path / 'tiny.gguf'} -no-cnv -p 'Once upon a time'\n")
+    shutil.copytree(demo_dir / "model", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    done = run("export", "gguf", tmp_path / "chat", tmp_path / "chat.gguf", "--type", "F16")
+    assert done.out.endswith(f"Run it:  llama-cli -m {tmp_path / 'chat.gguf'}\n")

@@ -22,6 +22,7 @@ from awq_hf import cli
 from awq_hf.block import BlockWork
 from awq_hf.cli import common
 from awq_hf.cli import quantize as quantize_command
+from awq_hf.cli.one_run import OneRun
 from awq_hf.exporters.hub import PushResult
 from awq_hf.model_cards.facts import Facts
 from awq_hf.recipe_file import OPTIONS
@@ -46,9 +47,15 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
     def push_to_hub(
-        model: Any, repo_id: str, *, private: bool | None = None, base_model: str | None = None, progress: bool = True
+        model: Any,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        progress: bool = True,
     ) -> PushResult:
-        calls.append(("push", model, repo_id, private, base_model, sorted(path.name for path in Path(model).iterdir())))
+        calls.append(("push", model, repo_id, private, base_model, license, sorted(path.name for path in Path(model).iterdir())))
         return PushResult(repo_id, f"https://hub/{repo_id}", uploaded={"README.md": 4})
 
     def find_repository(repo_id: str, *, private: bool | None = None) -> SimpleNamespace:
@@ -56,7 +63,7 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return SimpleNamespace(repo_id=repo_id)
 
     def write_card(facts: Facts) -> dict[str, bytes]:
-        calls.append(("card", Path(facts.directory), facts.repo_id, facts.base and facts.base.id))
+        calls.append(("card", Path(facts.directory), facts.repo_id, facts.base and facts.base.id, facts.licence))
         return {"README.md": b"card", "images/loss.png": b"plot"}
 
     monkeypatch.setattr("awq_hf.push_to_hub", push_to_hub)
@@ -71,7 +78,7 @@ def test_all_in_one_run(
     text, out = tmp_path / "held out.txt", tmp_path / "out"
     text.write_text((demo_dir / "evaluation.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
     exports = [word for target in ("gguf", "gguf:Q8_0", "gptq", "dense:float16") for word in ("--export", target)]
-    arguments = [*PLAIN, *exports, "--text", text, "--push", "me/model-AWQ", "--private", "--base-model", "me/model"]
+    arguments = [*PLAIN, *exports, "--text", text, "--push", "me/model-AWQ", "--private", "--base-model", "me/model", "--license", "MIT"]
     result = run("quantize", two_blocks, out, *arguments)
     assert result.status == 0, result.err
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -87,13 +94,22 @@ def test_all_in_one_run(
     assert rows[0]["text"] == "held out.txt" and rows[4]["kl"] < rows[2]["kl"]
     kinds = [call[0] for call in pushes]
     assert kinds == ["look", "card", "push"] and pushes[0] == ("look", "me/model-AWQ", True)
-    assert pushes[1] == ("card", out, "me/model-AWQ", "me/model") and pushes[2][:5] == ("push", out, "me/model-AWQ", True, "me/model")
-    assert {"README.md", "evaluation.json", "model-Q8_0.gguf"} <= set(pushes[2][5])
+    assert pushes[1] == ("card", out, "me/model-AWQ", "me/model", {"license": "mit"})
+    assert pushes[2][:6] == ("push", out, "me/model-AWQ", True, "me/model", "mit")
+    assert {"README.md", "evaluation.json", "model-Q8_0.gguf"} <= set(pushes[2][6])
     order = ["Written to", "gguf: the same integers", "gguf: Q8_0, from the float weights", "gptq", "dense", "Measuring", "card", "Pushing"]
     places = [result.out.index(part) for part in order]
     assert places == sorted(places) and "https://hub/me/model-AWQ" in result.out and "plain rounding" in result.out
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    expected = {"model": "./model", "device": "cpu", "text": "held out.txt", "base_model": "me/model", "samples": 2, "seq_len": 32}
+    expected = {
+        "model": "./model",
+        "device": "cpu",
+        "text": "held out.txt",
+        "base_model": "me/model",
+        "license": "mit",
+        "samples": 2,
+        "seq_len": 32,
+    }
     assert recipe == {**expected, "export": ["gguf", "gguf:Q8_0", "gptq", "dense:float16"], "rounding": "nearest"}
 
 
@@ -113,7 +129,7 @@ def test_json_alone_is_on_stdout(run: Run, model: Path, pushes: list[tuple[Any, 
 def test_when_it_is_measured(
     option: list[str], measured: bool, run: Run, model: Path, pushes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize_command._OneRun, "_measure", lambda _self: {"rows": [{"weights_bytes": 1}], "reference": {"name": ""}})
+    monkeypatch.setattr(OneRun, "_measure", lambda _self: {"rows": [{"weights_bytes": 1}], "reference": {"name": ""}})
     monkeypatch.setattr("awq_hf.evaluation_table.tables", lambda *_: [])
     result = run("quantize", model, tmp_path / "out", *PLAIN, *option)
     assert result.status == 0 and ("Measuring" in result.out) == measured, result.err
@@ -140,6 +156,7 @@ def test_when_it_is_measured(
         (["--text", "none.txt", "--no-measure"], ["contradict each other"]),
         (["--private"], ["--private is about the repository of --push"]),
         (["--base-model", "no id!"], ["--base-model 'no id!' is not the id of a repository"]),
+        (["--license", "my own!"], ["--license 'my own!' is not the id of a licence", "apache-2.0", "or other"]),
         (["--calibration", "none.txt"], ["none.txt' does not exist"]),
         (["--group-size", "100"], ["--group-size 100 is"]),
     ],
@@ -212,14 +229,16 @@ def test_what_is_left_is_said(
 
     monkeypatch.setattr("awq_hf.measure.measure", fail)
     out = tmp_path / "o u t"
-    result = run("quantize", model, out, *PLAIN, "--export", "gptq", "--push", "me/model", "--private", "--base-model", "me/base")
+    result = run(
+        "quantize", model, out, *PLAIN, "--export", "gptq", "--push", "me/model", "--private", "--base-model", "me/base", "--license", "mit"
+    )
     interrupted = isinstance(error, KeyboardInterrupt)
     assert result.status == (130 if interrupted else 1) and ("interrupted" if interrupted else "the Hub is away") in result.err
     commands = [shlex.split(line) for line in result.err.splitlines() if line.startswith("  awq-hf")]
     assert commands == [
         ["awq-hf", "eval", str(out), "--reference", str(model), "--save", "--device", "cpu"],
-        ["awq-hf", "card", str(out), "--repo-id", "me/model", "--base-model", "me/base"],
-        ["awq-hf", "push", str(out), "me/model", "--private", "--base-model", "me/base"],
+        ["awq-hf", "card", str(out), "--repo-id", "me/model", "--base-model", "me/base", "--license", "mit"],
+        ["awq-hf", "push", str(out), "me/model", "--private", "--base-model", "me/base", "--license", "mit"],
     ]
     assert (out / "gptq" / "config.json").is_file() and not (out / "evaluation.json").exists()
     monkeypatch.undo()
@@ -239,7 +258,8 @@ def test_an_export_that_failed_can_be_repeated(target: str, run: Run, model: Pat
     monkeypatch.undo()
     done = run(*again[1:])
     assert done.status == 0, done.err
-    assert list((tmp_path / "out").glob("*.gguf")) or (tmp_path / "out" / "dense" / "model.safetensors").is_file()
+    written = {"gguf": "model-AWQ-Q4_K_S.gguf", "gguf:Q8_0": "model-Q8_0.gguf", "dense:float16": "dense/model.safetensors"}[target]
+    assert (tmp_path / "out" / written).is_file() and len(list((tmp_path / "out").glob("*.gguf"))) == written.endswith(".gguf")
 
 
 def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, XGLMConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, XGLMConfig
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
 import awq_hf
-from awq_hf import AwqHfQuantizer, AwqLinear
+from awq_hf import AwqHfQuantizer, AwqLinear, compat
 from awq_hf.report import Report
 
 BITS = (2, 3, 8)
@@ -268,6 +268,18 @@ def test_saved_weights_follow_the_umask(quantized_dir: Path) -> None:
     modes = {stat.S_IMODE(path.stat().st_mode) for path in quantized_dir.iterdir()}
     (quantized_dir.parent / "new").touch()
     assert modes == {stat.S_IMODE((quantized_dir.parent / "new").stat().st_mode)}
+
+
+def test_chats_are_rendered_as_a_tokenizer_does(demo_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_dir / "model")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if loop.last %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}"
+    )
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ messages[-1].content }}:{% endif %}"
+    messages = [{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "b"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert compat.render_chat(tokenizer.chat_template, messages, **tokenizer.special_tokens_map) == expected
+    assert expected == '<|begin_of_text|>{"role": "user", "content": "<é>"}b:'
 
 
 def test_a_dequantized_checkpoint_needs_no_plugin(quantized_dir: Path, prompt: Tensor, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "spec": "",
     "affine": "spec",
     "wording": "",
-    "report": "model_cards",
+    "report": "base_model model_cards",
     "base_model": "",
     "machine": "",
     "representable": "spec",
@@ -78,15 +78,15 @@ ALLOWED = {
     "output": "",
     "recipe_file": "config",
     "api": "classes beside unfinished recipe_file config hf_quantizer compat exporters output to_gguf",
-    "push": "api exporters model_cards report",
-    "exporters": "classes beside unfinished spec affine kernels.layout kernels.foreign linear experts matrices freed headers stored "
-    "skip_list config compat renaming output",
-    "model_cards": "base_model headers serving skip_list spec evaluation_table exporters.table",
+    "push": "api base_model exporters model_cards",
+    "exporters": "base_model classes beside unfinished spec affine kernels.layout kernels.foreign linear experts matrices freed headers "
+    "stored skip_list config compat renaming output",
+    "model_cards": "base_model compat headers serving skip_list spec evaluation_table exporters.table",
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
     "rounding preflight report pipeline linear config model_cards serving streaming",
-    "targets": "classes base_model compat renaming config exporters matrices preflight spec",
-    "measure": "classes base_model spec affine calibration linear compat evaluate machine output block_by_block streaming",
-    "demo": "measure api config evaluate output report to_gguf",
+    "targets": "classes compat renaming config exporters matrices preflight spec",
+    "measure": "classes base_model evaluation_table spec affine calibration linear compat evaluate machine output block_by_block streaming",
+    "demo": "measure api config evaluate evaluation_table output report to_gguf",
     "cli": "classes api push base_model block_by_block compat config demo evaluate evaluation_table exporters inspection linear matrices "
     "measure model_cards output preflight recipe_file rounding streaming targets to_gguf",
     "__init__": "api compat config evaluate hf_quantizer linear push spec",

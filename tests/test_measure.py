@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaF
 import awq_hf
 from awq_hf import AwqConfig, QuantSpec
 from awq_hf.measure import bits_per_weight, measure, round_plainly
+from awq_hf.model_cards.facts import gather
+from awq_hf.model_cards.render import render
 
 QUICK: dict[str, Any] = dict(samples=4, seq_len=64, rounding="nearest")
 SHORT: dict[str, Any] = dict(seq_len=64, max_tokens=512)
@@ -68,6 +70,13 @@ def test_rows_agree_with_evaluate(content: dict[str, Any], out: Path, original: 
     assert rows["original"]["kl"] == 0 < rows["awq-hf"]["kl"] < rows["plain rounding"]["kl"]
     assert rows["model-F32.gguf"]["kl"] < 0.2 * rows["awq-hf"]["kl"]  # the original in float32
     assert rows["model-AWQ.gguf"]["kl"] == pytest.approx(rows["awq-hf"]["kl"], rel=0.2)
+
+
+def test_the_card_knows_the_rows(content: dict[str, Any], out: Path) -> None:
+    quality = render(gather(out), ()).split("## Quality")[1]
+    assert "| Original | " in quality and "| Plain rounding | " in quality
+    ours, plain = (next(row["kl"] for row in content["rows"] if row["name"] == name) for name in ("awq-hf", "plain rounding"))
+    assert f"**{ours / plain:.0%}** of the KL divergence is left" in quality
 
 
 def test_sizes(content: dict[str, Any], out: Path) -> None:

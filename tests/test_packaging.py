@@ -216,7 +216,7 @@ def test_its_programs_run_in_an_environment_of_their_own(wheel: Path, tmp_path: 
         "model-AWQ-Q4_K_S.gguf",
         "images/loss-per-layer.png",
     } <= there.keys()
-    assert is_generated(there["README.md"].decode()) and b"llama-cli -hf me/model-AWQ:Q4_K_S" in there["README.md"]
+    assert is_generated(there["README.md"].decode()) and b"llama-completion -hf me/model-AWQ:Q4_K_S" in there["README.md"]
 
 
 def test_an_editable_install_registers_the_commands_of_optimum(checkout: Path, tmp_path: Path) -> None:

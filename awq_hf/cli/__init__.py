@@ -28,13 +28,17 @@ from awq_hf.cli.common import (
     Skip,
     Symmetric,
     TrustRemoteCode,
+    as_option,
     check_device,
     check_dtype,
+    check_revision,
+    chosen,
     command,
     console,
     stored_as,
 )
 from awq_hf.cli.export import EXAMPLES, export
+from awq_hf.wording import spelled
 
 app = typer.Typer(
     help="AWQ quantization for Hugging Face models.",
@@ -66,9 +70,13 @@ app.command(epilog=quantize_command.EXAMPLES)(command(quantize_command.quantize)
 app.command("eval", epilog=evaluate_command.EXAMPLES)(command(evaluate_command.evaluate))
 
 
+OF_QUANTIZING = ("bits", "group_size", "symmetric", "samples", "seq_len", "rounding", "skip", "override")
+
+
 @app.command(epilog="Examples:\n\n`awq-hf inspect meta-llama/Llama-3.2-1B --bits 3`\n\n`awq-hf inspect ./llama-awq`")
 @command
 def inspect(
+    ctx: typer.Context,
     model: Model,
     revision: Revision = None,
     bits: Bits = 4,
@@ -90,9 +98,14 @@ def inspect(
     from awq_hf.inspection import inspect
     from awq_hf.inspection.text import show
 
+    check_revision(model, revision)
     what = stored_as(bits, group_size, symmetric, skip, override)
     config = awq_hf.AwqConfig(**what, samples=samples, seq_len=seq_len, rounding=rounding)
-    found = inspect(model, config, check_dtype(dtype), check_device(device), progress_bar, revision, trust_remote_code)
+    given = [name for name in chosen(ctx) if name in OF_QUANTIZING]
+    with spelled(lambda name, *value: as_option(given[0] if name == "config" and given else name, *value)):
+        found = inspect(
+            model, config if given else None, check_dtype(dtype), check_device(device), progress_bar, revision, trust_remote_code
+        )
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

@@ -65,6 +65,9 @@ Device = Annotated[
     str | None, typer.Option(help='"cpu", "cuda", "cuda:1"; default: cuda if there is one.', autocompletion=one_of(("cpu", "cuda")))
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; read it first.")]
+License = Annotated[
+    str | None, typer.Option(metavar="ID", help="The Hub's id of the licence, for the card; default: that of the original's card.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -101,6 +104,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def chosen(context: typer.Context) -> dict[str, Any]:
+    """The options that were given, and are no defaults."""
+    source = lambda name: getattr(context.get_parameter_source(name), "name", None)  # noqa: E731
+    return {name: value for name, value in context.params.items() if source(name) != "DEFAULT"}
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    if revision is not None and Path(model).is_dir():
+        raise ValueError(f"--revision {revision} is of a Hub id, and {model} is a directory, which has none; leave it out")
 
 
 def say(text: str) -> None:

@@ -66,7 +66,7 @@ def evaluate(
         from awq_hf.measure import measure
 
         original, location = located(reference)
-        how: dict[str, Any] = dict(location=location, seq_len=seq_len, max_tokens=max_tokens or MAX_TOKENS)
+        how: dict[str, Any] = dict(location=location, seq_len=seq_len, max_tokens=MAX_TOKENS if max_tokens is None else max_tokens)
         found = measure(models[0], original, text, **how, **options, **common)
         rows = rows_of(found)
     else:

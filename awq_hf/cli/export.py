@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from awq_hf.cli.common import DTYPES, gguf_types, one_of
+from awq_hf.cli.common import DTYPES, as_option, check_revision, chosen, gguf_types, one_of
 from awq_hf.exporters.table import GGUF, TARGETS
+from awq_hf.wording import spelled
 
 EXAMPLES = (
     "Examples:\n\n`awq-hf export compressed-tensors ./llama-awq ./llama-for-vllm`\n\n"
@@ -25,7 +27,13 @@ OfGguf = functools.partial(typer.Option, rich_help_panel="Options of gguf")
 OfSearch = functools.partial(typer.Option, rich_help_panel="Options of gguf, for a float model")
 
 
+OF_SEARCH = ("calibration", "samples", "seq_len", "seed", "device")
+OF_GGUF = ("kind", "exact", "imatrix", "pre_tokenizer", "plain", "target_bpw", "save_imatrix", *OF_SEARCH)
+SAID = {"kind": "type", "plain": "no_search"}  # what the command line calls a parameter, where that is another word
+
+
 def export(
+    ctx: typer.Context,
     target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, {GGUF}.", autocompletion=one_of([*TARGETS, GGUF]))],
     model: Annotated[
         str, typer.Argument(help="A directory or a Hub id; quantized by AWQ, whoever wrote it, or for dense and gguf also float.")
@@ -64,10 +72,8 @@ def export(
     import awq_hf
     from awq_hf.exporters.folder import in_bytes
 
-    own = dict(
-        type=kind, exact=exact or None, search=False if plain else None, target_bpw=target_bpw, imatrix=imatrix, save_imatrix=save_imatrix,
-        pre_tokenizer=pre_tokenizer,
-    )  # fmt: skip
+    check_revision(model, revision)
+    given = chosen(ctx)
     location = {} if revision is None else {"revision": revision}
     result: Any = None
     if target == GGUF:
@@ -75,19 +81,29 @@ def export(
 
         if dtype is not None:
             raise ValueError("gguf has no --dtype; --type F16, BF16 or F32 writes floats")
-        given = {**own, "shard_size": None if max_shard_size is None else in_bytes(max_shard_size)}
-        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        config = awq_hf.AwqConfig(calibration=calibration, samples=samples, seq_len=seq_len, seed=seed)
-        common: dict[str, Any] = dict(device=device, location=location, overwrite=overwrite, progress=not as_json)
-        named: dict[str, Any] = {"metadata": {"name": out.stem}} if out.suffix == ".gguf" else {}
-        result = to_gguf(model, out, config=config, **named, **common, **options)
+        of_search = [name for name in OF_SEARCH if name in given]
+        own = dict(
+            type=kind, target_bpw=target_bpw, imatrix=imatrix, save_imatrix=save_imatrix, pre_tokenizer=pre_tokenizer,
+            metadata={"name": out.stem} if out.suffix == ".gguf" else None,
+            shard_size=None if max_shard_size is None else in_bytes(max_shard_size),
+            config=awq_hf.AwqConfig(calibration=calibration, samples=samples, seq_len=seq_len, seed=seed) if of_search else None,
+        )  # fmt: skip
+        options: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
+        common: dict[str, Any] = dict(exact=exact, search=not plain, overwrite=overwrite, progress=not as_json)
+        with spelled(lambda name, *value: as_option(of_search[0] if name == "config" and of_search else name, *value)):
+            result = to_gguf(model, out, device=device, location=location, **common, **options)
         files, path = result.files, result.files[0].parent
     else:
-        if misplaced := [key for key, value in {**own, "calibration": calibration}.items() if value is not None]:
-            raise ValueError(f"--{misplaced[0].replace('_', '-')} is an option of the target gguf, not of {target}")
+        if misplaced := [SAID.get(name, name) for name in OF_GGUF if name in given]:
+            raise ValueError(f"{as_option(misplaced[0])} is an option of the target gguf, not of {target}; leave it out")
         rest = {key: value for key, value in dict(dtype=dtype, max_shard_size=max_shard_size).items() if value is not None}
         path = awq_hf.export(model, target, out, overwrite=overwrite, **location, **rest)
         files = sorted(file for file in path.rglob("*") if file.is_file())
+    _tell(target, out if result is None else files[0], path, files, result, as_json)
+
+
+def _tell(target: str, where: Path, path: Path, files: list[Path], result: Any, as_json: bool) -> None:
+    """What was written. result: of gguf."""
     size = sum(file.stat().st_size for file in files)
     if as_json:
         about = {"target": target, "path": str(path), "bytes": size, "files": [str(file.relative_to(path)) for file in files]}
@@ -96,14 +112,24 @@ def export(
         return
     density = f", {_bits_per_weight(files):.2f} bits a weight" if result else ""
     count = f"{len(files)} file{'s' * (len(files) > 1)}"
-    typer.echo(f"{target} written to {files[0] if result else out}: {size / 1e6:,.1f} MB in {count}{density}")
+    typer.echo(f"{target} written to {where}: {size / 1e6:,.1f} MB in {count}{density}")
     if result:
         typer.echo(_types(result.types))
         if result.report is not None:
             layers = result.report.layers
             ratio = sum(layer.loss / max(layer.loss_importance, 1e-30) for layer in layers) / max(len(layers), 1)
             typer.echo(f"Output error of a layer: {ratio:.0%} of what the type's quantizer leaves with an importance matrix, on average")
-        typer.echo(f"Run it:  llama-cli -m {files[0]}")
+        typer.echo(f"Run it:  {_command_for(files[0])}")
+
+
+def _command_for(file: Path) -> str:
+    """llama.cpp has one program for chats, and one for models that go on from a text."""
+    from awq_hf.model_cards.gguf_header import read_header
+
+    chats = read_header(file).chat_template is not None
+    return (
+        f"llama-cli -m {shlex.quote(str(file))}" if chats else f"llama-completion -m {shlex.quote(str(file))} -no-cnv -p 'Once upon a time'"
+    )
 
 
 def _bits_per_weight(files: list[Path]) -> float:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from awq_hf.cli.common import License
+
 if TYPE_CHECKING:
     from awq_hf.exporters.hub import PushResult
 
@@ -31,6 +33,7 @@ def push(
     message: Annotated[str | None, Of(help="Of the commit.")] = None,
     description: Annotated[str | None, Of(help="Of the commit or the pull request.")] = None,
     base_model: Annotated[str | None, Of(help="Hub id of the original model, for the card.")] = None,
+    license: License = None,
     overwrite_card: Annotated[bool, Of("--overwrite-card", help="Replace the repository's README.md even if a person wrote it.")] = False,
     dry_run: Annotated[
         bool, Of("--dry-run", help="Say what would be uploaded, and change nothing. Without a token, the Hub is not asked.")
@@ -43,7 +46,8 @@ def push(
     try:
         result = awq_hf.push_to_hub(
             directory, repo, private=private or None, revision=revision, create_pr=create_pr, commit_message=message,
-            commit_description=description, base_model=base_model, overwrite_card=overwrite_card, dry_run=dry_run, progress=not as_json,
+            commit_description=description, base_model=base_model,
+            license=license, overwrite_card=overwrite_card, dry_run=dry_run, progress=not as_json,
         )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was committed, and what arrived is not sent again: run the same command to continue", err=True)

@@ -7,6 +7,7 @@ from awq_hf.inspection.contents import Contents, read_contents
 from awq_hf.inspection.forecast import Forecast, forecast
 from awq_hf.inspection.source import open_source
 from awq_hf.pipeline import Progress
+from awq_hf.wording import option
 
 __all__ = ["Contents", "Forecast", "inspect"]
 
@@ -22,7 +23,7 @@ def inspect(
 ) -> Forecast | Contents:
     """Look at a directory or Hub id, whose weights are not read but for one decoder block of each shape.
 
-    config: as for quantizing an ordinary checkpoint; of no use with an AWQ one. dtype, device: to quantize it with, or to run it with.
+    config: as for quantizing an ordinary checkpoint; not for an AWQ one. dtype, device: to quantize it with, or to run it with.
     revision: branch, tag or commit, for a Hub id. trust_remote_code: run code that comes with the model.
     Raises ValueError or FileNotFoundError for what is neither.
     """
@@ -32,6 +33,8 @@ def inspect(
             raise ValueError(f"{model} holds *.qweight, so it is quantized already, but its config.json has no quantization_config")
         return forecast(source, config or AwqConfig(), dtype, device, progress)
     if source.quant_method == "awq":
+        if config is not None:
+            raise ValueError(f"{option('config')} is about quantizing a float model, and {model} is quantized already; leave it out")
         return read_contents(source, dtype, device)
     raise ValueError(
         f"{model} is quantized already, with {source.quant_method}; awq-hf inspect reads float and AWQ checkpoints: give the float model"

@@ -7,13 +7,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 from gguf import GGUFWriter, Metadata
 from transformers import PreTrainedConfig
 
+from awq_hf.base_model import identify, quantized_from
 from awq_hf.exporters.gguf.architectures import KEYS, Architecture, head_dim
+from awq_hf.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from awq_hf.exporters.checkpoint import Checkpoint
 
 logger = logging.getLogger("awq_hf")
 
@@ -121,13 +126,30 @@ def _add_window(writer: GGUFWriter, config: PreTrainedConfig, architecture: Arch
     return context
 
 
-def origin(directory: Path | None, label: str, parameters: int, given: Mapping[str, str]) -> Metadata:
+def origin(checkpoint: Checkpoint, parameters: int, given: Mapping[str, str]) -> Metadata:
     """general.* of the file, from model card, config and directory; `given` goes first. Raises ValueError for unknown fields."""
     known = {field.name for field in fields(Metadata)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"metadata has no field {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-    metadata = Metadata.load(model_path=directory, total_params=parameters)
-    metadata.name = metadata.name or Path(label).name
-    for field, value in given.items():
+    metadata = Metadata.load(model_path=checkpoint.directory, total_params=parameters)
+    for field, value in {"name": model_name(checkpoint), **given}.items():
         setattr(metadata, field, value)
     return metadata
+
+
+def file_name(checkpoint: Checkpoint, encoding: str) -> str:
+    """MODEL-TYPE.gguf, which the Hub, llama.cpp and Ollama find by its type; of a quantized checkpoint MODEL-AWQ-TYPE.gguf, to be told from
+    a file of that type that was made from the float weights."""
+    name = model_name(checkpoint)
+    quantized = any(isinstance(entry.kind, QuantSpec) for entry in checkpoint.names())
+    mark = "-AWQ" if quantized and "awq" not in re.split(r"[-_.]", name.lower()) else ""
+    return f"{name}{mark}-{encoding}.gguf"
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """What the model is called, without its owner: the original, where a report names it; else the checkpoint. The language model of one
+    that sees images is -text."""
+    config, made = checkpoint.config, getattr(checkpoint.model, "awq_report", None)  # of a model that was quantized in this process
+    original = quantized_from(checkpoint.directory) if made is None else made.base_model
+    name = str(original.get("name") or identify(checkpoint.label)["name"]).rpartition("/")[2]
+    return name if config.get_text_config() is config else f"{name}-text"

@@ -102,6 +102,8 @@ _NARROW = {
     Type.Q6_K: Type.Q8_0,
 }
 
+UNSEARCHED = (*(kind.name for kind in FLOATS), "Q8_0")  # of a float model: types for all matrices that importance makes no better
+
 _PLAIN: tuple[Type, ...] = (Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q5_1, Type.Q5_0, Type.Q4_K, Type.Q4_1, Type.Q4_0, Type.Q3_K, Type.Q2_K)
 
 # What general.file_type calls a file whose matrices are mostly of a type, where that has no name of its own.

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFWriter, Metadata
+from gguf import GGUFWriter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from awq_hf.exporters.gguf.architectures import find_architecture
 from awq_hf.exporters.gguf.encode import Rows, encode, n_bytes, n_rows, rotary_order, select
-from awq_hf.exporters.gguf.names import Place, Plan, add_shape, make_plan, origin
+from awq_hf.exporters.gguf.names import Place, Plan, add_shape, file_name, make_plan, origin
 from awq_hf.exporters.gguf.rope import add_rope
 from awq_hf.exporters.gguf.tokenizer import load_tokenizer, read_vocabulary
 from awq_hf.exporters.gguf.types import assign, check_name, encoding, file_type
@@ -97,7 +97,7 @@ def prepare(
 ) -> PreparedFile:
     """All that `export` does before it writes, for who has long work to do first.
 
-    path: a file that ends in .gguf, or a directory for a file of the usual name, <Name>-<Size>-<Version>-<Encoding>.gguf.
+    path: a file that ends in .gguf, or a directory for a file of the usual name, see `names.file_name`.
     type: of the matrices, or a mix, as `types.names` lists them; vectors are float32. auto: quantized weights keep their codes, in the
     smallest type that holds them, and float matrices become Q8_0. exact: quantized weights become the same weights bit for bit, and float
     matrices stay as they are. types: by name in the file, over what `type` says. tokenizer: where the one beside the model is not to be
@@ -123,7 +123,8 @@ def prepare(
     for name, shape in plan.shapes.items():
         _declare(writer, name, shape, kinds[name])
     called = file_type(wanted, kinds)
-    target = _target(Path(path), _describe(writer, checkpoint, called, metadata or {}), encoding(called))
+    _describe(writer, checkpoint, called, metadata or {})
+    target = Path(path) if Path(path).suffix == ".gguf" else Path(path) / file_name(checkpoint, encoding(called))
     return PreparedFile(writer, plan, kinds, extra, target, _free_names(writer, target, overwrite))
 
 
@@ -143,17 +144,16 @@ def _declare(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Type) 
     writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes(shape, kind), raw_dtype=kind)
 
 
-def _describe(writer: GGUFWriter, checkpoint: Checkpoint, kind: gguf.LlamaFileType, given: Mapping[str, str]) -> Metadata:
-    """Write general.*, and return it."""
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint, kind: gguf.LlamaFileType, given: Mapping[str, str]) -> None:
+    """Write general.*"""
     total, shared, expert, experts = writer.get_total_parameter_count()
-    about = origin(checkpoint.directory, checkpoint.label, total, given)
+    about = origin(checkpoint, total, given)
     about.size_label = about.size_label or gguf.size_label(total, shared, expert, experts)
     writer.add_type(gguf.GGUFType.MODEL)
     about.set_gguf_meta_model(writer)
     _check_name(str(about.name), writer)
     writer.add_file_type(kind)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    return about
 
 
 def _check_name(name: str, writer: GGUFWriter) -> None:
@@ -165,13 +165,6 @@ def _check_name(name: str, writer: GGUFWriter) -> None:
             f"llama.cpp takes a model named {name!r} for Phi-3 and looks for tokens that this tokenizer lacks ({missing[0]}): "
             "give another name in metadata"
         )
-
-
-def _target(path: Path, about: Metadata, encoding: str) -> Path:
-    if path.suffix == ".gguf":
-        return path
-    name = gguf.naming_convention(about.name, about.basename, about.finetune, about.version, about.size_label, encoding)
-    return path / f"{name}.gguf"
 
 
 class _Layout:

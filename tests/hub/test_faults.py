@@ -29,7 +29,7 @@ REPO = "me/tiny-AWQ"
 
 @pytest.fixture(autouse=True)
 def stand_in_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_cards, "make_card", lambda *about: {"README.md": f"# generated {about[2]}\n".encode()})
+    monkeypatch.setattr(model_cards, "make_card", lambda *_, base_model, **_rest: {"README.md": f"# generated {base_model}\n".encode()})
     monkeypatch.setattr(model_cards, "is_generated", lambda text: text.startswith("# generated"))
 
 

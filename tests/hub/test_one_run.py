@@ -61,7 +61,8 @@ def test_from_the_hub_to_the_hub(hub: Hub, base: str, run: Callable[..., Any], t
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"], data["license"]) == ("maker/tiny", "quantized", "apache-2.0")
     assert data["pipeline_tag"] == "text-generation" and {"awq", "gguf"} <= {*data["tags"]}
-    assert base in card.content and "llama-cli -hf me/tiny-AWQ:Q4_K_M" in card.content and "held_out.txt" in card.content
+    assert f"https://huggingface.co/maker/tiny/tree/{base}" in card.content
+    assert "llama-completion -hf me/tiny-AWQ:Q4_K_M" in card.content and "held_out.txt" in card.content
 
     hub.forget()
     again = run("push", out, "tiny-AWQ")

@@ -29,7 +29,9 @@ REPO = "me/tiny-AWQ"
 def stand_in_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card whose text is known: which one goes where is what these tests are about."""
 
-    def make_card(directory: Path, repo_id: str | None = None, base_model: str | None = None) -> dict[str, bytes]:
+    def make_card(
+        directory: Path, repo_id: str | None = None, base_model: str | None = None, license: str | None = None
+    ) -> dict[str, bytes]:
         card = f"---\ntags:\n- awq\n---\n# {repo_id}, from {base_model}\n<!-- generated -->\n"
         return {"README.md": card.encode(), "images/loss.png": b"\x89PNG"}
 
@@ -196,6 +198,12 @@ def test_command_line(hub: Hub, directory: Path, run: Run) -> None:
     assert lines[0].startswith("Uploaded 4 files (1") and lines[0].endswith(f"{hub.url}/{REPO}")
     assert "model-1.safetensors, of an earlier model there, was removed." in lines
     assert lines[-1] == "README.md there was written or edited by a person and is kept; --overwrite-card replaces it."
+    (directory / "README.md").write_text("# Mine\n")
+    hub.forget()
+    for option, value in (("--base-model", "me/x"), ("--license", "mit")):
+        assert run("push", directory, REPO, option, value).refused(f"which goes as it is, so {option} {value} would be of no use")
+    assert not hub.count("GET", "")
+    (directory / "README.md").unlink()
     assert run("push", directory, REPO).out.startswith(
         f"Nothing to upload to {hub.url}/{REPO}\n4 files of the same content are there already."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from awq_hf.model_cards.facts import gather
+from awq_hf.model_cards.render import render
+
 HIDDEN, BLOCKS = 256, 2
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{block}.{linear}" for block in range(BLOCKS) for linear in LINEARS]
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
 SHA = "8c3713e6daa61fe2076f05992d1e05edb6893c452b8fd70c2c357450a6cc259e"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 Make = Callable[..., Path]
 
@@ -79,7 +88,7 @@ def report(bits: int = 4, **changes: Any) -> dict[str, Any]:
         {
             "name": name, "shape": [HIDDEN, HIDDEN], "bits": bits, "group_size": 128, "fold": "input_layernorm", "alpha": 0.5 * (i % 2),
             "family": "activations", "clip": 0.9, "correction": 0.5, "rounding": "descent", "loss_plain": 0.01, "loss": 0.004 + 0.0003 * i,
-            "dead_channels": 0, "fallback": None,
+            "dead_channels": 0, "fallback": None, "residual": 0.7 if name.endswith(("o_proj", "down_proj")) else None,
         }
         for i, name in enumerate(NAMES)
     ]  # fmt: skip
@@ -90,6 +99,8 @@ def report(bits: int = 4, **changes: Any) -> dict[str, Any]:
         "clip": {"shrinks": [0.9]},
         "rounding": "descent",
         "stream": "quantized",
+        "correction": True,
+        "residual": True,
         "seq_len": 256,
     }
     metadata = {"license": "apache-2.0", "language": ["en", "de"], "pipeline_tag": "text-generation", "tags": ["chat", "safetensors"]}
@@ -130,6 +141,22 @@ def evaluation(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"reference": reference, "date": "2026-01-31", "versions": {}, "machine": {}, "rows": [original, plain, *rows]}
 
 
+def text_of(directory: Path, *arguments: str) -> str:
+    return render(gather(directory, *arguments), ())  # drawing takes time
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading, without Markdown."""
+    lines = text.split(f"## {heading}\n")[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = [line for line in lines[start:][: lines[start:].index("")] if not line.startswith("|:")]
+    return [[re.sub(r"[*`\\]", "", cell.strip()) for cell in line.strip("|").split("|")] for line in rows]
+
+
+def change(path: Path, **changes: Any) -> None:
+    write_json(path, {**json.loads(path.read_text()), **changes})
+
+
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
     """AWQ, compressed-tensors and two GGUF files, all measured."""
@@ -138,7 +165,7 @@ def full(tmp_path: Path) -> Path:
     write_compressed_tensors(path / "compressed-tensors")
     write_gguf(path / "Tiny-Q4_K_M.gguf", gguf.GGMLQuantizationType.Q4_K, "Quantized from *float* weights.")
     write_gguf(path / "Tiny-Q6_K.gguf", gguf.GGMLQuantizationType.Q6_K)
-    write_json(path / "tokenizer_config.json", {"chat_template": "{{ messages }}"})
+    write_json(path / "tokenizer_config.json", {"chat_template": CHATML, "bos_token": {"content": "<s>"}})
     write_json(path / "report.json", report(notes=["only 60 of 64 windows were found"]))
     (path / "recipe.yaml").write_text(f"model: acme/Llama-2-Tiny\nrevision: {COMMIT}\ncalibration: notes.txt\nsamples: 64\n")
     rows = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,40 +13,26 @@ import pytest
 
 from awq_hf.model_cards import is_generated, make_card
 from awq_hf.model_cards.artifacts import find_artifacts
-from awq_hf.model_cards.facts import gather, missing
+from awq_hf.model_cards.facts import gather
 from awq_hf.model_cards.gguf_header import read_header
 from awq_hf.model_cards.metadata import card_data
-from awq_hf.model_cards.render import render
+from awq_hf.model_cards.missing import missing
 
 from .conftest import (
     COMMIT,
     CONFIG,
     HIDDEN,
     awq,
+    change,
     evaluation,
     report,
     row,
+    table,
+    text_of,
     write_checkpoint,
-    write_compressed_tensors,
     write_gguf,
     write_json,
 )
-
-
-def text_of(directory: Path, *arguments: str) -> str:
-    return render(gather(directory, *arguments), ())  # drawing takes time
-
-
-def table(text: str, heading: str) -> list[list[str]]:
-    """Cells of the first table under a heading, without Markdown."""
-    lines = text.split(f"## {heading}\n")[1].splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    rows = [line for line in lines[start:][: lines[start:].index("")] if not line.startswith("|:")]
-    return [[re.sub(r"[*`\\]", "", cell.strip()) for cell in line.strip("|").split("|")] for line in rows]
-
-
-def change(path: Path, **changes: Any) -> None:
-    write_json(path, {**json.loads(path.read_text()), **changes})
 
 
 def test_quality_is_what_was_measured(full: Path) -> None:
@@ -87,30 +72,6 @@ def test_bits_per_weight_counts_scales_and_zero_points(bits: int, expected: floa
         assert find_artifacts(tmp_path, shapes)[0].bits_per_weight is None
         shapes = {layer["name"]: (HIDDEN, HIDDEN) for layer in report()["layers"]}
     assert find_artifacts(tmp_path, shapes)[0].bits_per_weight == expected
-
-
-def test_symmetric_weights_lead_to_the_form_that_servers_run_fast(symmetric: Path) -> None:
-    text = text_of(symmetric, "acme/tiny-sym")
-    assert "vllm serve acme/tiny-sym\n" not in text and "--model-path" not in text
-    assert "awq-hf export compressed-tensors acme/tiny-sym tiny-sym-compressed-tensors\nvllm serve tiny-sym-compressed-tensors\n" in text
-    assert table(text, "Which file should I take?")[1][-1] == "GPUs and servers: transformers, MLX; slowly: vLLM, SGLang"
-    told = dict(missing(gather(symmetric)))
-    assert told["a form that vLLM and SGLang run with their fast kernels, as they do not run symmetric AWQ"] == (
-        f"awq-hf export compressed-tensors {symmetric} {symmetric / 'compressed-tensors'}"
-    )
-    write_compressed_tensors(symmetric / "compressed-tensors")
-    text = text_of(symmetric, "acme/tiny-sym")
-    assert "vllm serve tiny-sym/compressed-tensors\n" in text and "awq-hf export" not in text and "vllm serve acme/tiny-sym\n" not in text
-    assert not any("fast kernels" in what for what, _ in missing(gather(symmetric)))
-
-
-@pytest.mark.parametrize("how", [dict(group_size=16), dict(zero_point=True), dict(zero_point=None), dict(group_size="128")])
-def test_other_weights_are_served_as_they_are(how: dict[str, Any], tmp_path: Path) -> None:
-    """Groups of 16 are slow in every form; what a config does not say is not made up."""
-    write_checkpoint(tmp_path / "x", awq(zero_point=False))
-    config = json.loads((tmp_path / "x" / "config.json").read_text())
-    change(tmp_path / "x" / "config.json", quantization_config={**config["quantization_config"], **how})
-    assert "vllm serve x\n" in text_of(tmp_path / "x")
 
 
 def test_without_facts_no_sections(foreign: Path, awq_only: Path, full: Path) -> None:
@@ -181,18 +142,6 @@ def other_sha() -> str:
     return found
 
 
-def test_only_awq_hf_reads_other_widths(three_bits: Path) -> None:
-    text = text_of(three_bits)
-    assert "only awq-hf reads this checkpoint" in text and "awq-hf only" in text
-    assert not re.search("vllm serve|sglang.launch|MLX", text)
-
-
-@pytest.mark.parametrize("changes", [{"version": "gemv"}, {"modules_to_not_convert": ["model.layers.1"]}])
-def test_no_command_for_what_vllm_would_not_load(changes: dict[str, Any], tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "m", awq(**changes))
-    assert "vllm" not in text_of(tmp_path / "m")
-
-
 def test_inherits_from_the_original(full: Path) -> None:
     metadata: dict[str, Any] = {
         "license": "other",
@@ -213,12 +162,6 @@ def test_inherits_from_the_original(full: Path) -> None:
 def test_a_local_original_is_no_link(awq_only: Path) -> None:
     text = text_of(awq_only)
     assert "my-finetune quantized" in text and "base_model" not in text and "license" not in text
-
-
-def test_tag_of_a_gguf_file_only_where_it_is_the_only_one(full: Path) -> None:
-    assert "llama-cli -hf acme/x:Q6_K\n" in text_of(full, "acme/x") and "hf.co/acme/x:Q6_K\n" in text_of(full, "acme/x")
-    shutil.copy(full / "Tiny-Q6_K.gguf", full / "Other-Q6_K.gguf")
-    assert "--hf-file Tiny-Q6_K.gguf" in text_of(full, "acme/x") and "hf.co/acme/x:Tiny-Q6_K.gguf" in text_of(full, "acme/x")
 
 
 def test_parts_of_a_gguf_file_are_one(gguf_only: Path) -> None:
@@ -304,7 +247,8 @@ def test_a_float_model_has_no_card_unless_it_was_quantized_once(full: Path, tmp_
 def test_missing_facts_come_with_what_to_do(full: Path, foreign: Path) -> None:
     assert missing(gather(full)) == []
     assert [what for what, _ in missing(gather(foreign))] == [
-        "which model of the Hub this was made from", "what was done to the layers", "the quality of the checkpoint",
+        "which model of the Hub this was made from", "the licence, which no card of the original says", "what was done to the layers",
+        "the quality of the checkpoint",
     ]  # fmt: skip
     write_json(full / "evaluation.json", evaluation(row("awq-hf", ["."], 0.01, 23.0, 0.9)))
     ((what, how),) = missing(gather(full))
@@ -318,4 +262,5 @@ def test_gguf_files_alone(tmp_path: Path) -> None:
     """The mix that the file says it is, where its name does not; no advice to make an AWQ checkpoint."""
     write_gguf(tmp_path / "ft.gguf", gguf.GGMLQuantizationType.Q4_K, file_type=gguf.LlamaFileType.MOSTLY_Q4_K_M)
     assert "**GGUF Q4\\_K\\_M**<br>`ft.gguf`" in text_of(tmp_path)
-    assert [what for what, _ in missing(gather(tmp_path))] == ["which model of the Hub this was made from", "the quality of ft.gguf"]
+    of_it = ["which model of the Hub this was made from", "the licence, which no card of the original says", "the quality of ft.gguf"]
+    assert [what for what, _ in missing(gather(tmp_path))] == of_it

@@ -11,8 +11,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from awq_hf.evaluation_table import PLAIN
 from awq_hf.model_cards import plots
-from awq_hf.model_cards.facts import PLAIN, gather
+from awq_hf.model_cards.facts import gather
 
 from .conftest import LINEARS, evaluation, row, write_json
 

@@ -328,10 +328,10 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(
         (model, dict(imatrix=other), ValueError, "other.gguf has no entry for any matrix of this model: it is of another one"),
         (quantized, dict(imatrix=other), ValueError, "has no entry for any matrix of this model"),
         (model, dict(imatrix=narrow), ValueError, "has 64 values for blk.0.ffn_up.weight .*: it is another model's"),
-        (model, dict(target_bpw=4.5, search=False), ValueError, "target_bpw chooses types by a search, which needs a float model"),
-        (quantized, dict(target_bpw=4.5), ValueError, "target_bpw chooses types by a search, which needs a float model"),
+        (model, dict(target_bpw=4.5, search=False), ValueError, "target_bpw is about the search .*: search=False leaves it out"),
+        (quantized, dict(target_bpw=4.5), ValueError, "target_bpw is about the search .*: a quantized checkpoint keeps its codes"),
         (model, dict(target_bpw=1.0), ValueError, r"target_bpw=1.0 is too little: .* takes at least \d\.\d+ bits a weight"),
-        (quantized, dict(save_imatrix=matrices / "new"), ValueError, "new cannot be saved: only the search of a float model measures"),
+        (quantized, dict(save_imatrix=matrices / "new"), ValueError, "save_imatrix is about the search of a float model"),
         (model, dict(save_imatrix=narrow), ValueError, "narrow exists; choose another name"),
         (eight, {}, ValueError, r"down_proj.weight: no type of blocks holds its codes \(8 bits, .*\); F16 holds"),
         (model, dict(tokenizer=None), ValueError, "has no tokenizer that can be read .*: copy the original's files there"),
@@ -339,10 +339,10 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(
         (model, dict(shards=3), TypeError, "shards"),
     ):
         with pytest.raises(error, match=message) as caught:
-            to_gguf(given, tmp_path / "model.gguf", **{"config": small_config(), "tokenizer": tokenizer, **QUIET, **options})
+            to_gguf(given, tmp_path / "model.gguf", **{"tokenizer": tokenizer, **QUIET, **options})
         assert "\n" not in str(caught.value)
     for given in (model, quantized):
         with pytest.raises(FileExistsError, match=r"there.gguf exists; choose another name, or say overwrite=True"):
-            to_gguf(given, tmp_path / "there.gguf", config=small_config(), tokenizer=tokenizer, **QUIET)
+            to_gguf(given, tmp_path / "there.gguf", tokenizer=tokenizer, **QUIET)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("there.gguf", "old")]
     assert to_gguf(eight, tmp_path / "f16.gguf", type="F16", tokenizer=tokenizer, **QUIET).types["blk.0.ffn_up.weight"] is Type.F16

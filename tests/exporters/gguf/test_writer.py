@@ -62,12 +62,12 @@ def tensors(*files: Path) -> dict[str, Any]:
 
 def test_a_directory_gets_a_file_of_the_usual_name_that_says_where_it_is_from(folder: Path, tmp_path: Path) -> None:
     (file,) = write(folder, tmp_path / "out", type="BF16", metadata={"quantized_by": "someone"})
-    assert file.name == "Tiny-Llama-127K-Instruct-v2.1-BF16.gguf"
+    assert file.name == "Tiny-Llama-Instruct-v2.1-BF16.gguf"
     found = fields(file)
     expected = {
         "general.architecture": "llama",
         "general.type": "model",
-        "general.name": "Tiny Llama Instruct v2.1",
+        "general.name": "Tiny-Llama-Instruct-v2.1",
         "general.finetune": "Instruct",
         "general.version": "v2.1",
         "general.size_label": "127K",
