@@ -62,7 +62,7 @@ ALLOWED = {
     "encoded_ends": "spec blocks calibration encoded_layer exporters recipe report rounding streaming",
     "sensitivity": "calibration experts exporters matrices",
     "compat": "lora",
-    "lora": "linear",
+    "lora": "linear experts",
     "renaming": "",
     "block_by_block": "blocks calibration streaming",
     "evaluate": "calibration classes block_by_block",
