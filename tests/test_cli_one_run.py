@@ -257,6 +257,9 @@ def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(BlockWork, "choose_scales", lambda self: fail(self, "layers.1"))
         stopped = run("quantize", model, tmp_path / "out", *PLAIN, "--resume")
     assert stopped.status == 130 and f"kept in {tmp_path / 'out'}.progress" in stopped.err and (tmp_path / "out.progress").is_dir()
+    assert "nothing was written" not in stopped.err
+    other = run("quantize", model, tmp_path / "out", *PLAIN, "--resume", "--bits", 3)
+    assert other.refused("recipe.spec.bits was 4 and is 3", "remove the directory") and "goes on from there" not in other.err
     assert run("quantize", model, tmp_path / "out", *PLAIN, "--resume").status == 0
     assert not (tmp_path / "out.progress").exists() and "resume" not in (tmp_path / "out" / "recipe.yaml").read_text()
 
