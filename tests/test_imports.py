@@ -52,7 +52,8 @@ ALLOWED = {
     "block": "spec affine parallel experts expert_block freed matrices layer linear blocks calibration folding transforms recipe report "
     "residual_errors",
     "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
-    "block resume streaming",
+    "block resume streaming untouched",
+    "untouched": "matrices",
     "streaming": "blocks renaming compat",
     "resume": "affine block calibration linear parallel report",
     "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
