@@ -81,7 +81,7 @@ ALLOWED = {
     "skip_list config compat renaming output",
     "model_cards": "base_model headers serving skip_list spec evaluation_table exporters.table",
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
-    "rounding preflight report pipeline linear config model_cards serving streaming",
+    "rounding preflight report pipeline linear config model_cards serving streaming exporters.reading",
     "targets": "classes base_model compat renaming config exporters matrices preflight spec",
     "measure": "classes base_model spec affine calibration linear compat evaluate machine output block_by_block streaming",
     "demo": "measure api config evaluate output report to_gguf",
