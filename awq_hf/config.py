@@ -41,7 +41,7 @@ class AwqConfig(TransformersAwqConfig):
         - the path of a UTF-8 text file, of a .jsonl, .json or .parquet file of records, or of a directory that `datasets` loads;
         - the name of a dataset, name[:config][:split], which is streamed (pip install "awq-hf[data]"). The split is train, or the
           first whose name begins so, if none is named: "wikitext:wikitext-2-raw-v1", "HuggingFaceH4/ultrachat_200k::train_sft";
-        - a list of strings, of 1-D tensors of token ids, of conversations (lists of {"role": ..., "content": ...}, through the
+        - a list of strings, of 1-D tensors or lists of token ids, of conversations (lists of {"role": ..., "content": ...}, through the
           tokenizer's chat template) or of records; a datasets.Dataset; or another iterable, which is read in its order, only as
           far as needed.
         A record is a dict with messages (or ShareGPT's conversations), text, content, prompt (with completion or response), or a
