@@ -92,7 +92,9 @@ def _prepare(others: Callable[[Any, Any, nn.Module], None]) -> Callable[[Any, An
     """What PEFT does to a model before it puts an adapter in: where one would be wrong there, that is said first."""
 
     def prepare_model(self: Any, config: Any, model: nn.Module) -> None:
-        if packed_modules(model):
+        if packed := packed_modules(model):
+            for module in packed.values():
+                module.undo_casts()  # prepare_model_for_kbit_training casts every parameter that is not of some quantizers it knows
             _leave_out_experts(config, model)
             _compare_bases(config, model)
         others(self, config, model)

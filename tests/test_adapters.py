@@ -144,6 +144,20 @@ def test_all_linear_is_every_quantized_one(model: Any, peft: Any) -> None:
     assert {name for name, module in dense.named_modules() if "second" in getattr(module, "lora_A", ())} == wrapped
 
 
+def test_prepared_for_training_as_tutorials_do(quantized_dir: Path, prompt: Tensor, peft: Any) -> None:
+    """Everything is float32 then, also what kernels read, which is brought back."""
+    model = AutoModelForCausalLM.from_pretrained(quantized_dir, dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith((".scales", ".qzeros", ".qweight"))}
+    expected = logits_of(model, prompt)
+    adapted = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), peft.LoraConfig(target_modules="all-linear", r=4))
+    assert adapted.get_input_embeddings().weight.dtype == torch.float32
+    assert (logits_of(adapted, prompt) - expected).norm() < 0.02 * expected.norm()
+    losses = train(adapted, prompt)
+    assert losses[-1] < losses[0] - 0.05
+    after = adapted.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
+
+
 WRONG_BASE = "smoothing scales that were folded into the quantized model"
 
 
