@@ -164,12 +164,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockWork, "choose_scales", lambda self: pytest.fail(f"{self.name} was begun"))
 
 
-T5 = transformers.T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+T5: dict[str, Any] = dict(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
 
 
 @pytest.mark.usefixtures("no_work")
 def test_a_weight_that_the_model_reads_itself_is_named_before_any_work(small_config: Callable[..., Any]) -> None:
-    model = transformers.T5EncoderModel(T5).eval()
+    model = transformers.T5EncoderModel(transformers.T5Config(**T5)).eval()
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(
         ValueError, match=r"block\.0\.layer\.1\.DenseReluDense\.wo: .* reads its 'weight'.* modules_to_not_convert=\['wo'\]"
@@ -178,12 +178,13 @@ def test_a_weight_that_the_model_reads_itself_is_named_before_any_work(small_con
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-def test_without_that_it_is_quantized(small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
-    original = transformers.T5EncoderModel(T5).eval()
+@pytest.mark.parametrize("kind", [transformers.T5EncoderModel, transformers.UMT5EncoderModel])
+def test_without_that_it_is_quantized(kind: Any, small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
+    original = kind(kind.config_class(**T5)).eval()
     original.save_pretrained(tmp_path / "float")
     config = small_config(bits=8, modules_to_not_convert=["wo"])
-    transformers.T5EncoderModel.from_pretrained(tmp_path / "float", quantization_config=config).save_pretrained(tmp_path / "awq")
-    loaded, expected = transformers.T5EncoderModel.from_pretrained(tmp_path / "awq"), original(prompt)[0]
+    kind.from_pretrained(tmp_path / "float", quantization_config=config).save_pretrained(tmp_path / "awq")
+    loaded, expected = kind.from_pretrained(tmp_path / "awq"), original(prompt)[0]
     assert (loaded(prompt)[0] - expected).norm() < 0.02 * expected.norm()
 
 
