@@ -218,7 +218,7 @@ def check_is_model(model: Any) -> None:
     """Raise TypeError for what is neither a transformers model nor a name, and ValueError for a model with adapters in it."""
     if not isinstance(model, (str, os.PathLike, PreTrainedModel)):
         raise TypeError(
-            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model, merge the adapter first"
+            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model give model.merge_and_unload()"
         )
     modules = model.modules() if isinstance(model, PreTrainedModel) else ()
     if getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(module, "base_layer") for module in modules):
