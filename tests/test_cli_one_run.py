@@ -252,6 +252,7 @@ def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockWork, "choose_scales", lambda self: fail(self, "layers.0"))
+        assert "nothing was written; --resume keeps finished blocks" in run("quantize", model, tmp_path / "out", *PLAIN).err
         stopped = run("quantize", model, tmp_path / "out", *PLAIN, "--resume")
         assert stopped.status == 130 and "kept in" not in stopped.err and not (tmp_path / "out.progress").exists()
         patch.setattr(BlockWork, "choose_scales", lambda self: fail(self, "layers.1"))

@@ -170,7 +170,7 @@ class _OneRun:
         try:
             model: Any = awq_hf.quantize(self.model, self.config, output_dir=self.out, **options)
         except KeyboardInterrupt:
-            if hint := self.how_to_resume():
+            if hint := self.how_to_resume() or ("" if self.resume else "nothing was written; --resume keeps finished blocks"):
                 typer.echo(f"interrupted; {hint}", err=True)
                 raise typer.Exit(130) from None
             raise
