@@ -26,6 +26,7 @@ from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole
 from awq_hf.recipe_file import Run, write_recipe
 from awq_hf.unfinished import check_whole
+from awq_hf.wording import no_model
 
 LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")  # options that say where
 
@@ -156,7 +157,7 @@ def check_model(model: str | os.PathLike[str], load_options: dict[str, Any]) -> 
         raise ValueError(f"{name} is a file; give the directory that holds config.json and *.safetensors, or a Hub id")
     if Path(name).is_dir():
         if not (Path(name) / load_options.get("subfolder", "") / "config.json").is_file():
-            raise ValueError(f"{name} holds no config.json; give the directory of a model as transformers saves it")
+            raise ValueError(no_model(name, Path(name, load_options.get("subfolder", ""))))
     else:
         try:
             validate_repo_id(name)

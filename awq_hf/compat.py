@@ -50,36 +50,45 @@ def after_saving(model: Any, action: Callable[[Any, str], None], push: Callable[
     model.push_to_hub and save_pretrained(push_to_hub=True) do: options of theirs, and those of saving. Of a model with adapters,
     transformers saves those alone, and neither is called.
 
-    There is no hook for either; methods bound to the instance are used, which copy.deepcopy binds to the copy.
+    There is no hook for either, so that attributes of the instance take the methods' place. They are partials of this module's functions:
+    copy.deepcopy makes them the copy's, and pickle keeps them, where of bound methods it keeps the names only. `action` and `push` are
+    functions of a module for the same reason.
     """
+    model.save_pretrained = functools.partial(_save_pretrained, model, action, push)
+    model.push_to_hub = functools.partial(_push_to_hub, model, push)
+
+
+def _save_pretrained(
+    model: Any,
+    action: Callable[[Any, str], None],
+    push: Callable[..., Any],
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     kind = type(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        kind.save_pretrained(model, save_directory, *args, **kwargs)
+        return
+    kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
+    main = kwargs.get("is_main_process", True)
+    pushed = kwargs.pop("push_to_hub", False) and main
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
+    if kwargs.get("save_original_format") is False and any(p.ndim == 3 for n, p in model.named_parameters() if n.endswith(".qweight")):
+        raise ValueError("quantized experts are saved one by one, the only form that AWQ has; leave out save_original_format=False")
+    kind.save_pretrained(model, save_directory, **kwargs)
+    if main:
+        action(model, os.fspath(save_directory))
+    if pushed:
+        push(model, hub.pop("repo_id", Path(save_directory).absolute().name), **hub, **kwargs)
 
-    @functools.wraps(kind.save_pretrained)
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        if getattr(self, "_hf_peft_config_loaded", False):
-            kind.save_pretrained(self, save_directory, *args, **kwargs)
-            return
-        kwargs |= zip(list(inspect.signature(kind.save_pretrained).parameters)[2:], args, strict=False)
-        main = kwargs.get("is_main_process", True)
-        pushed = kwargs.pop("push_to_hub", False) and main
-        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if pushed and name in kwargs}
-        if kwargs.get("save_original_format") is False and any(p.ndim == 3 for n, p in self.named_parameters() if n.endswith(".qweight")):
-            raise ValueError("quantized experts are saved one by one, the only form that AWQ has; leave out save_original_format=False")
-        kind.save_pretrained(self, save_directory, **kwargs)
-        if main:
-            action(self, os.fspath(save_directory))
-        if pushed:
-            push(self, hub.pop("repo_id", Path(save_directory).absolute().name), **hub, **kwargs)
 
-    @functools.wraps(kind.push_to_hub)
-    def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "_hf_peft_config_loaded", False):
-            return kind.push_to_hub(self, *args, **kwargs)
-        given = inspect.signature(kind.push_to_hub).bind(self, *args, **kwargs).arguments
-        return push(given.pop("self"), given.pop("repo_id"), **given)
-
-    model.save_pretrained = types.MethodType(save_pretrained, model)
-    model.push_to_hub = types.MethodType(push_to_hub, model)
+def _push_to_hub(model: Any, push: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kind = type(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return kind.push_to_hub(model, *args, **kwargs)
+    given = inspect.signature(kind.push_to_hub).bind(model, *args, **kwargs).arguments
+    return push(given.pop("self"), given.pop("repo_id"), **given)
 
 
 def teach_peft() -> None:
@@ -209,7 +218,7 @@ def check_is_model(model: Any) -> None:
     """Raise TypeError for what is neither a transformers model nor a name, and ValueError for a model with adapters in it."""
     if not isinstance(model, (str, os.PathLike, PreTrainedModel)):
         raise TypeError(
-            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model, merge the adapter first"
+            f"{type(model).__name__} is neither a transformers model nor the name of one; of a PEFT model give model.merge_and_unload()"
         )
     modules = model.modules() if isinstance(model, PreTrainedModel) else ()
     if getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(module, "base_layer") for module in modules):

@@ -41,7 +41,7 @@ class AwqConfig(TransformersAwqConfig):
         - the path of a UTF-8 text file, of a .jsonl, .json or .parquet file of records, or of a directory that `datasets` loads;
         - the name of a dataset, name[:config][:split], which is streamed (pip install "awq-hf[data]"). The split is train, or the
           first whose name begins so, if none is named: "wikitext:wikitext-2-raw-v1", "HuggingFaceH4/ultrachat_200k::train_sft";
-        - a list of strings, of 1-D tensors of token ids, of conversations (lists of {"role": ..., "content": ...}, through the
+        - a list of strings, of 1-D tensors or lists of token ids, of conversations (lists of {"role": ..., "content": ...}, through the
           tokenizer's chat template) or of records; a datasets.Dataset; or another iterable, which is read in its order, only as
           far as needed.
         A record is a dict with messages (or ShareGPT's conversations), text, content, prompt (with completion or response), or a
@@ -97,7 +97,7 @@ class AwqConfig(TransformersAwqConfig):
         self.scale, self.clip, self.rounding, self.correction, self.stream = scale, clip, rounding, correction, stream
         self.residual, self.shrinkage = residual, shrinkage
         self.scales_for, self.tokenizer, self.backend = scales_for, tokenizer, backend
-        self.overrides = {part: None if options is None else dict(options) for part, options in (overrides or {}).items()}
+        self.overrides = _checked_overrides(overrides or {})
         self.output_dir: Path | None = None  # where quantize() will write: checked for room before any work
         self.keep_in: Path | None = None  # where quantize() keeps finished blocks, to resume
         self.trust_remote_code = False  # whether quantize() may run what comes with the model: its tokenizer may be of that kind
@@ -192,6 +192,8 @@ class AwqConfig(TransformersAwqConfig):
         """Transformers' own AwqConfig as ours; of ours a copy, so that what a run adds to it does not reach the user's object."""
         if isinstance(config, cls):
             return copy.deepcopy(config)
+        if not isinstance(config, TransformersAwqConfig):
+            raise TypeError(f"{config!r:.200} is not an AwqConfig; give AwqConfig(bits=4, group_size=128), say")
         return cls(
             bits=config.bits,
             group_size=config.group_size,
@@ -232,3 +234,14 @@ class AwqConfig(TransformersAwqConfig):
         copied.overrides = copy.deepcopy(self.overrides, memo)
         copied.extra = copy.deepcopy(self.extra, memo)
         return copied
+
+
+def _checked_overrides(given: Any) -> dict[str, dict[str, Any] | None]:
+    """A copy. Raises ValueError for what is not of the form {part of a name: options or None}."""
+    example = 'give {"down_proj": {"bits": 8}, "k_proj": None}, say, where None leaves it in float'
+    if not isinstance(given, Mapping):
+        raise ValueError(f"overrides={given!r} is not a dictionary; {example}")
+    for part, options in given.items():
+        if not isinstance(options, Mapping | None):
+            raise ValueError(f"overrides[{part!r}] is {options!r}; {example}")
+    return {part: None if options is None else dict(options) for part, options in given.items()}

@@ -150,6 +150,11 @@ def check_same_tokens(tokenizers: Mapping[str, Any], texts: Texts, seq_len: int 
 
 def _ready(name: str, source: Source, windows: Windows) -> Model:
     """The model, loaded if need be, and checked to take such windows."""
+    if not isinstance(source, Model) and not callable(source):
+        raise TypeError(
+            f"{name} is {source!r:.200}; give a model, or a function that loads one: lambda: AutoModelForCausalLM.from_pretrained(...). "
+            "awq-hf eval takes names"
+        )
     model = source if isinstance(source, Model) else source()
     module: Any = _module(model)
     if hasattr(module, "get_input_embeddings"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ class PackedModule(nn.Module):
     scales: nn.Parameter
     bias: Any  # a Parameter or None
     _prepared_for: torch.dtype | None = None  # activations, since `prepare` was called
+    _held_as: Mapping[str, torch.dtype] = {}  # the parts, since then
 
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec) -> None:
         super().__init__()
@@ -74,7 +75,15 @@ class PackedModule(nn.Module):
         chosen, reason = choose_layout(self.problem(1, dtype))
         self._prepared_for = dtype
         self._bring_into(chosen)
+        self._held_as = {name: part.dtype for name, part in zip(LAYOUTS[self.layout].parts, self._parts(), strict=True)}
         return reason
+
+    def undo_casts(self) -> None:
+        """Bring parts that were cast one by one back to what the kernel reads. From a wider dtype, as PEFT casts, nothing is lost."""
+        for name, dtype in self._held_as.items():
+            part = self._parameters[name]
+            if part is not None and part.dtype != dtype:
+                part.data = part.data.to(dtype)
 
     def caution(self) -> str | None:
         """What a user has to know of the results of the layout that was chosen, or None."""

@@ -25,6 +25,7 @@ from awq_hf.recipe import Recipe
 from awq_hf.report import Report
 from awq_hf.resume import KeptBlocks, digest_of, run_again
 from awq_hf.streaming import InMemory
+from awq_hf.untouched import StandIns, check_unchanged, versions_of
 
 PROBE_TOKENS = 96  # of the first window: enough for every ReLU channel of a small block to wake up
 
@@ -113,19 +114,29 @@ class BlockLoop:
 
     def _look_through(self, batch: Batch) -> None:
         """Run the float model once, and raise ValueError for what would end the work in its middle: weights, what is computed with them,
-        or the order of the blocks."""
+        what else is done with them, or the order of the blocks."""
+        stand_ins = StandIns()
 
         def begin(index: int) -> None:
             self.source.load(index)
             check_weights(self.model, self.plan, f"{self.prefix}.{index}")
+            stand_ins.put(self.blocks[index], f"{self.prefix}.{index}.", self.plan.specs)
 
         def end(index: int, output: Any) -> None:
+            stand_ins.take_back()
             self.source.unload(index)
             check_hidden_states(output, f"{self.prefix}.{index}")
 
         check_in_memory(self.model, self.source.later)
-        order, _ = calling_order(self.model, self.blocks, batch, begin, end)
+        before = versions_of(self.model)
+        try:
+            order, _ = calling_order(self.model, self.blocks, batch, begin, end)
+        except (AttributeError, TypeError) as error:
+            raise stand_ins.explain() or error from error
+        finally:
+            stand_ins.take_back()
         check_calls(order, self.prefix, self.blocks)
+        check_unchanged(self.model, before, self.plan.specs)
 
     def _run_block(self, index: int) -> BlockWork:
         recipe, report, kept = self.recipe, self.report, self.kept

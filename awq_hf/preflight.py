@@ -48,7 +48,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     Raises ValueError naming every larger one that cannot be stored, the sizes that would work, and how to leave it in float; and
     when nothing is left to quantize, blocks share weights, or an override or an entry of the skip list names nothing.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    decodes = any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules())  # UMT5's encoder alone has the config of both
+    if decodes and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only models of one of them can be quantized")
     _check_shared(model)
     plan, misfits = sort_out(model, recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,10 @@ class KeptBlocks:
             other = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}); remove {directory} to begin anew") from error
-        if differing := [key for key in run.keys() | other.keys() if run.get(key) != other.get(key)]:
-            key = sorted(differing)[0]
+        if differing := list(_differences(other, run)):
             raise ValueError(
-                f"{directory} holds blocks of another run ({key} was {other.get(key)!r} and is {run.get(key)!r}); repeat that run's "
-                "options, or remove the directory to begin anew"
+                f"{directory} holds blocks of another run ({'; '.join(differing)}); repeat that run's options, or remove the directory to "
+                "begin anew"
             )
 
     def save(self, index: int, digest: str, work: BlockWork, report: Report) -> None:
@@ -91,6 +90,15 @@ class KeptBlocks:
 
     def _file(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What is not the same in two descriptions of a run, each by its name: recipe.spec.bits was 4 and is 3."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield f"{name} was {was!r} and is {now!r}"
 
 
 def digest_of(block: nn.Module) -> str:

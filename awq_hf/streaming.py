@@ -143,9 +143,9 @@ class LeavesBlocks(HfQuantizer):
         """A map of one device, which stays ours: loading looks into it again and again. None for one that spreads the model."""
         if not isinstance(device_map, dict):
             device_map = {"": torch.device("cpu") if device_map is None else default_device()}  # "auto", or another way to spread
-        devices = set(device_map.values())
+        devices = {_name_of(device): device for device in device_map.values()}
         if len(devices) == 1 and "disk" not in devices:
-            self.placement = {"": devices.pop()}
+            self.placement = {"": devices.popitem()[1]}
         return self.placement
 
     def leave_blocks(self, model: Any, files: Sequence[str]) -> None:
@@ -166,6 +166,11 @@ class LeavesBlocks(HfQuantizer):
         if self.source is not None:
             self.source.conversions = conversions
         return conversions
+
+
+def _name_of(device: Any) -> str:
+    """One name for what a device_map may write as "cuda:0", 0 or torch.device("cuda", 0)."""
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
 _METHOD = "awq_hf_float"  # known to transformers for as long as `load_float` takes

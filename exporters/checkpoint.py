@@ -31,6 +31,7 @@ from awq_hf.linear import unpack_weight
 from awq_hf.spec import QuantizedWeight, QuantSpec
 from awq_hf.stored import DTYPES, NAMES, ZEROS, Packed, find_packed, is_finite
 from awq_hf.unfinished import check_whole
+from awq_hf.wording import no_model
 
 # What lies beside weights and belongs to the model: generation config, tokenizer, processor, chat template, remote code, licence.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.codes", "*.spm", "LICENSE*", "NOTICE*")
@@ -187,7 +188,7 @@ def open_checkpoint(model: str | os.PathLike[str] | PreTrainedModel, *, known: C
         return _in_memory(model, known)
     directory, label = directory_of(os.fspath(model), location), os.fspath(model)
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{label} holds no config.json; give the directory of a model as transformers saves it, or a Hub id")
+        raise ValueError(no_model(label, directory))
     stored = _quantization(json.loads((directory / "config.json").read_text(encoding="utf-8")), label)
     return _checked(open_files(directory, label, functools.partial(Checkpoint, quantization=stored)))
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import awq_hf
 from awq_hf import AwqLinear, compat
+from tests.mixtures import MODELS, PLAIN
 
 pytestmark = pytest.mark.usefixtures("usual_kernels")
 
@@ -141,6 +142,82 @@ def test_all_linear_is_every_quantized_one(model: Any, peft: Any) -> None:
     assert len(wrapped) == 14 and not any("lm_head" in name for name in wrapped)
     dense = peft.get_peft_model(model.dequantize(), peft.LoraConfig(target_modules="all-linear"), adapter_name="second")
     assert {name for name, module in dense.named_modules() if "second" in getattr(module, "lora_A", ())} == wrapped
+
+
+def test_prepared_for_training_as_tutorials_do(quantized_dir: Path, prompt: Tensor, peft: Any) -> None:
+    """Everything is float32 then, also what kernels read, which is brought back."""
+    model = AutoModelForCausalLM.from_pretrained(quantized_dir, dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith((".scales", ".qzeros", ".qweight"))}
+    expected = logits_of(model, prompt)
+    adapted = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), peft.LoraConfig(target_modules="all-linear", r=4))
+    assert adapted.get_input_embeddings().weight.dtype == torch.float32
+    assert (logits_of(adapted, prompt) - expected).norm() < 0.02 * expected.norm()
+    losses = train(adapted, prompt)
+    assert losses[-1] < losses[0] - 0.05
+    after = adapted.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
+
+
+WRONG_BASE = "smoothing scales that were folded into the quantized model"
+
+
+@pytest.fixture
+def float_adapter(llama_dir: Path, prompt: Tensor, tmp_path: Path, peft: Any) -> Path:
+    """An adapter that was trained on the float model."""
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama_dir), peft.LoraConfig(target_modules="all-linear", r=4))
+    train(adapted, prompt)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_of_the_float_model_is_wrong_on_smoothed_weights(
+    float_adapter: Path, llama_dir: Path, quantized_dir: Path, small_config: Callable[..., Any], prompt: Tensor, caplog: Any, peft: Any
+) -> None:
+    """That is said, and what is said to help does."""
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(float_adapter), prompt)
+    errors = {}
+    for scale in (True, False):
+        caplog.clear()
+        config = small_config(samples=2, bits=8, scale=scale)
+        found = logits_of(AutoModelForCausalLM.from_pretrained(float_adapter, quantization_config=config), prompt)
+        assert (WRONG_BASE in caplog.text) == scale
+        errors[scale] = float((found - expected).norm() / expected.norm())
+    assert errors[False] < 0.02 < 0.1 < errors[True]
+    caplog.clear()
+    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantized_dir), float_adapter)
+    assert WRONG_BASE in caplog.text and str(llama_dir) in caplog.text
+
+
+def test_an_adapter_of_the_quantized_model_is_at_home_there(
+    model: Any, quantized_dir: Path, tmp_path: Path, caplog: Any, peft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    monkeypatch.chdir(quantized_dir.parent)
+    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(quantized_dir.name), tmp_path)  # by another name of the directory
+    assert WRONG_BASE not in caplog.text
+
+
+def test_quantized_experts_get_no_adapter(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], caplog: Any, peft: Any
+) -> None:
+    """PEFT meets mixtures of experts in a module of its own, before the one that it uses for other models."""
+    make = lambda: random_model(MODELS["qwen3"]())  # noqa: E731
+    model = awq_hf.quantize(make(), small_config(samples=2, group_size=16, **PLAIN))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4))
+    assert "down_proj, gate_up_proj: quantized experts are packed integers" in caplog.text
+    wrapped = {name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+    assert {name.rpartition(".")[2] for name in wrapped} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name, p in adapted.named_parameters() if p.requires_grad} >= {"q_proj", "gate"}
+
+
+def test_an_adapter_with_weights_for_experts_is_not_loaded_without_them(
+    random_model: Callable[..., Any], small_config: Callable[..., Any], tmp_path: Path, peft: Any
+) -> None:
+    adapted = peft.get_peft_model(random_model(MODELS["qwen3"]()), peft.LoraConfig(target_modules="all-linear", r=4))
+    adapted.save_pretrained(tmp_path)
+    model = awq_hf.quantize(random_model(MODELS["qwen3"]()), small_config(samples=2, group_size=16, **PLAIN))
+    with pytest.raises(ValueError, match="gate_up_proj: quantized experts are packed integers.*this adapter has weights for them"):
+        peft.PeftModel.from_pretrained(model, tmp_path)
 
 
 @pytest.mark.parametrize("option", [dict(use_dora=True), dict(init_lora_weights="pissa")])

@@ -98,6 +98,14 @@ def test_a_directory_that_holds_no_model(run: Run, tmp_path: Path) -> None:
     assert is_one_sentence(run("eval", tmp_path / "empty", "--text", __file__), "config")
 
 
+def test_an_adapter_is_no_model(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    for command in (["quantize", tmp_path / "lora", tmp_path / "out"], ["inspect", tmp_path / "lora"]):
+        assert is_one_sentence(run(*command), "holds an adapter and no model: merge it", "merge_and_unload")
+    assert is_one_sentence(run("export", "dense", tmp_path / "lora", tmp_path / "out"), "holds an adapter and no model")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(value: float, run: Run, model: Path, tmp_path: Path) -> None:
     change(model, lambda tensors: tensors[UP][3].__setitem__(5, value))

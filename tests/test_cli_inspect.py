@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+import awq_hf
 from awq_hf import cli
 from awq_hf.cli import common
 from awq_hf.inspection import costs
@@ -111,6 +112,18 @@ def test_an_awq_checkpoint(inspect: Callable[..., Any], quantized_dir: Path) -> 
     assert "Left in float: lm_head" in lines and lines[-1] == "Its tensors fit its config."
     assert "report.json: calibrated on 384 tokens (12 token tensors); output error of a layer" in " ".join(lines)
     assert json.loads(inspect(quantized_dir, "--json").out)["kind"] == "awq"
+
+
+def test_an_export(inspect: Callable[..., Any], quantized_dir: Path, tmp_path: Path) -> None:
+    awq_hf.export(quantized_dir, "gptq", tmp_path / "out")
+    lines = lines_of(inspect(tmp_path / "out"))
+    assert "LlamaForCausalLM, GPTQ gptq_v2: 4 bits, groups of 32, with zero points" in lines
+    assert "awq-hf eval measures it" in " ".join(lines[-2:])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    lines = lines_of(inspect(tmp_path / "out"))
+    assert "LlamaForCausalLM, GPTQ marlin" in lines and "its checkpoint_format is marlin" in " ".join(lines[-2:])
 
 
 def test_errors_are_one_sentence(inspect: Callable[..., Any], llama_dir: Path, tmp_path: Path) -> None:

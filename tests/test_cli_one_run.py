@@ -272,11 +272,15 @@ def test_resume(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockWork, "choose_scales", lambda self: fail(self, "layers.0"))
+        assert "nothing was written; --resume keeps finished blocks" in run("quantize", model, tmp_path / "out", *PLAIN).err
         stopped = run("quantize", model, tmp_path / "out", *PLAIN, "--resume")
         assert stopped.status == 130 and "kept in" not in stopped.err and not (tmp_path / "out.progress").exists()
         patch.setattr(BlockWork, "choose_scales", lambda self: fail(self, "layers.1"))
         stopped = run("quantize", model, tmp_path / "out", *PLAIN, "--resume")
     assert stopped.status == 130 and f"kept in {tmp_path / 'out'}.progress" in stopped.err and (tmp_path / "out.progress").is_dir()
+    assert "nothing was written" not in stopped.err
+    other = run("quantize", model, tmp_path / "out", *PLAIN, "--resume", "--bits", 3)
+    assert other.refused("recipe.spec.bits was 4 and is 3", "remove the directory") and "goes on from there" not in other.err
     assert run("quantize", model, tmp_path / "out", *PLAIN, "--resume").status == 0
     assert not (tmp_path / "out.progress").exists() and "resume" not in (tmp_path / "out" / "recipe.yaml").read_text()
 

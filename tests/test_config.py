@@ -160,3 +160,20 @@ def test_a_config_can_be_used_again(in_memory: bool, llama_dir: Path, tiny_llama
 def test_config_json_lists_what_stayed_float(quantized_dir: Path) -> None:
     written = json.loads((quantized_dir / "config.json").read_text())["quantization_config"]
     assert written == {**STORED, "group_size": 32, "modules_to_not_convert": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"down_proj": 8}, r"overrides\['down_proj'\] is 8; give \{"),
+        ([("down_proj", 8)], r"overrides=\[\('down_proj', 8\)\] is not a dictionary"),
+    ],
+)
+def test_overrides_of_another_form(overrides: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AwqConfig(overrides=overrides)
+
+
+def test_a_dictionary_is_no_config_for_quantize(tiny_llama: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"\{'bits': 4\} is not an AwqConfig; give AwqConfig\("):
+        awq_hf.quantize(tiny_llama(), {"bits": 4})  # type: ignore[arg-type]

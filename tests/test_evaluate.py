@@ -306,3 +306,12 @@ def test_a_text_that_says_little_is_said(models: tuple[Any, Any], caplog: pytest
     caplog.clear()
     awq_hf.evaluate(*models, few, seq_len=SEQ_LEN, max_tokens=SEQ_LEN)  # as was asked
     assert "has only" not in caplog.text
+
+
+def test_a_name_is_no_model(tokens: list[Tensor], tiny_llama: Callable[..., Any]) -> None:
+    with pytest.raises(
+        TypeError, match=r"the model is 'me/model-awq'; give a model, or a function that loads one: .*awq-hf eval takes names"
+    ):
+        awq_hf.evaluate("me/model-awq", None, tokens)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the reference is 'me/model'"):
+        awq_hf.evaluate(tiny_llama(), "me/model", tokens)  # type: ignore[arg-type]

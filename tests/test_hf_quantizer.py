@@ -129,6 +129,18 @@ def test_one_device(device_map: Any, llama_dir: Path, quantized_dir: Path, small
     assert torch.equal(load(quantized_dir, device_map=device_map)(prompt).logits, expected)
 
 
+@pytest.mark.parametrize("device_map", [{"": "cpu", "lm_head": torch.device("cpu")}, {"lm_head": torch.device("cpu"), "": "cpu"}])
+def test_one_device_in_two_spellings(device_map: Any, llama_dir: Path, small_config: Callable[..., Any]) -> None:
+    """transformers itself loads by no such map; quantizing needs but the device."""
+    assert quantized(llama_dir, small_config(samples=2), device_map=device_map).device == torch.device("cpu")
+
+
+def test_a_gpu_in_two_spellings_is_one_device() -> None:
+    for device_map in ({"": 0, "lm_head": "cuda:0"}, {"": torch.device("cuda", 0), "lm_head": 0}):
+        assert AwqHfQuantizer(AwqConfig(), pre_quantized=False).place(device_map) is not None
+    assert AwqHfQuantizer(AwqConfig(), pre_quantized=False).place({"": 0, "lm_head": 1}) is None
+
+
 SPREAD = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
 
 

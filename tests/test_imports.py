@@ -53,7 +53,8 @@ ALLOWED = {
     "block": "spec affine parallel products experts expert_block freed matrices layer linear blocks calibration folding transforms recipe "
     "report residual_errors",
     "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
-    "block resume streaming",
+    "block resume streaming untouched",
+    "untouched": "matrices",
     "streaming": "blocks renaming compat",
     "resume": "affine block calibration linear parallel report",
     "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
@@ -64,7 +65,7 @@ ALLOWED = {
     "fisher": "blocks calibration experts matrices products streaming",
     "sensitivity": "blocks calibration experts exporters fisher matrices streaming",
     "compat": "lora",
-    "lora": "linear",
+    "lora": "linear experts",
     "renaming": "",
     "block_by_block": "blocks calibration products streaming",
     "figures": "calibration",
@@ -83,7 +84,7 @@ ALLOWED = {
     "stored skip_list config compat renaming output",
     "model_cards": "base_model compat headers serving skip_list spec evaluation_table exporters.table",
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
-    "rounding preflight report pipeline linear config model_cards serving streaming",
+    "rounding preflight report pipeline linear config model_cards serving streaming products exporters.reading",
     "targets": "classes compat renaming config exporters matrices preflight spec",
     "measure": "classes base_model evaluation_table spec affine calibration linear compat evaluate machine output block_by_block streaming",
     "demo": "measure api config evaluate evaluation_table output report to_gguf",

@@ -127,6 +127,21 @@ def test_a_copy_is_a_model_of_its_own(make: Callable[..., Any], prompt: Tensor) 
     assert not any(parameter.requires_grad for parameter in packed(copied).values())
 
 
+def test_a_pickled_model_is_the_same_and_saves_the_same(make: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
+    model = make()
+    expected = model(prompt).logits
+    torch.save(model, tmp_path / "model.pt")
+    model.save_pretrained(tmp_path / "saved")
+    found = torch.load(tmp_path / "model.pt", weights_only=False)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(found(prompt).logits, expected)
+    found.save_pretrained(tmp_path / "again")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert ("report.json" in files) == hasattr(model, "awq_report") and "model.safetensors" in files
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
+
+
 # State dicts and files
 
 

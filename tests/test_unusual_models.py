@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor
 
 import awq_hf
+from awq_hf.block import BlockWork
 
 SIZES = dict(
     vocab_size=96,
@@ -155,3 +157,46 @@ def test_what_cannot_be_quantized_is_refused_with_its_reason(
     with pytest.raises(ValueError, match=message):
         awq_hf.quantize(model, small_config())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "nothing was changed"
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockWork, "choose_scales", lambda self: pytest.fail(f"{self.name} was begun"))
+
+
+T5: dict[str, Any] = dict(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_weight_that_the_model_reads_itself_is_named_before_any_work(small_config: Callable[..., Any]) -> None:
+    model = transformers.T5EncoderModel(transformers.T5Config(**T5)).eval()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(
+        ValueError, match=r"block\.0\.layer\.1\.DenseReluDense\.wo: .* reads its 'weight'.* modules_to_not_convert=\['wo'\]"
+    ):
+        awq_hf.quantize(model, small_config())
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("kind", [transformers.T5EncoderModel, transformers.UMT5EncoderModel])
+def test_without_that_it_is_quantized(kind: Any, small_config: Callable[..., Any], prompt: Tensor, tmp_path: Path) -> None:
+    original = kind(kind.config_class(**T5)).eval()
+    original.save_pretrained(tmp_path / "float")
+    config = small_config(bits=8, modules_to_not_convert=["wo"])
+    kind.from_pretrained(tmp_path / "float", quantization_config=config).save_pretrained(tmp_path / "awq")
+    loaded, expected = kind.from_pretrained(tmp_path / "awq"), original(prompt)[0]
+    assert (loaded(prompt)[0] - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_model_that_changes_its_own_weights_is_refused(in_memory: bool, small_config: Callable[..., Any], tmp_path: Path) -> None:
+    """RWKV divides two of a block's matrices when it first runs."""
+    config = transformers.RwkvConfig(vocab_size=96, hidden_size=64, num_hidden_layers=4, context_length=96, rescale_every=2)
+    model: Any = transformers.RwkvForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"changes rwkv\.blocks\.\d\.attention\.output\.weight itself.*rescale_every=0"):
+        if in_memory:
+            awq_hf.quantize(model, small_config())
+        else:
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=small_config())

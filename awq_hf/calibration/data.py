@@ -26,7 +26,17 @@ HELD_OUT = 8  # one window in so many is kept from the search and judges it
 MARGIN = 2  # documents are drawn until there are so many times the tokens asked for
 
 Record = Mapping[str, Any]
-Calibration = None | str | os.PathLike[str] | Tensor | Iterable[str] | Iterable[Tensor] | Iterable[Record] | Iterable[Sequence[Record]]
+Calibration = (
+    None
+    | str
+    | os.PathLike[str]
+    | Tensor
+    | Iterable[str]
+    | Iterable[Tensor]
+    | Iterable[Sequence[int]]
+    | Iterable[Record]
+    | Iterable[Sequence[Record]]
+)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ MESSAGE_RULE = 'a message is {"role": ..., "content": ...}, or has ShareGPT\'s f
 
 
 def to_document(item: Any, place: str) -> Document:
-    """The document that a string, a 1-D integer tensor, a record (a dict) or a conversation (a list of messages) holds.
+    """The document that a string, a 1-D integer tensor or list of ids, a record (a dict) or a conversation (a list of messages) holds.
 
     A record that is empty gives "". Raises ValueError, which begins with `place`, for anything else.
     """
     if isinstance(item, str):
         return item
+    item = as_ids(item)
     if isinstance(item, Tensor):
         if item.ndim != 1 or item.is_floating_point() or item.is_complex() or item.dtype == torch.bool:
             shape = f"shape {tuple(item.shape)} and dtype {item.dtype}"
@@ -38,6 +39,13 @@ def to_document(item: Any, place: str) -> Document:
     if isinstance(item, (list, tuple)):
         return _conversation(item, place)
     raise ValueError(f"{place} is {item!r:.60}; give strings, 1-D integer tensors of token ids, records (dicts), or lists of messages")
+
+
+def as_ids(item: Any) -> Any:
+    """A list of integers, as tokenizers return it, or an array of them, as a tensor; anything else as it is."""
+    if isinstance(item, (list, tuple)) and item and all(type(number) is int for number in item):
+        return torch.tensor(item, dtype=torch.int64)
+    return torch.from_numpy(item) if type(item).__module__ == "numpy" and item.ndim else item
 
 
 def is_message(item: Any) -> bool:

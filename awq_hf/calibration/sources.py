@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from awq_hf.calibration.records import Document, is_message, to_document
+from awq_hf.calibration.records import Document, as_ids, is_message, to_document
 from awq_hf.calibration.tables import SYNTAX, dataset, order, parquet, parse_name
 
 SMALL = 4_000_000  # bytes of text; what is smaller is used whole and in its own order, of more, documents are drawn
@@ -75,6 +75,7 @@ def _in_memory(given: Any, role: str) -> Source:
 def _list(given: Sequence[Any], role: str) -> Source:
     if given and is_message(given[0]):
         given = [given]
+    given = [as_ids(item) for item in given]
     kinds: dict[str, Any] = {"texts": str, "token tensors": Tensor, "records": Mapping, "conversations": (list, tuple)}
     name = next((name for name, kind in kinds.items() if all(isinstance(item, kind) for item in given)), None)
     if name is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq_hf.calibration.records import Document, Message
+from awq_hf.calibration.records import Document, Message, as_ids
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
@@ -16,8 +16,8 @@ def text_tokenizer(tokenizer: Any) -> Any:
 
 
 def is_tokens(calibration: Any) -> bool:
-    """Whether this is a tensor, or a list of tensors: data that needs no tokenizer."""
-    return isinstance(calibration[0] if isinstance(calibration, (list, tuple)) and calibration else calibration, Tensor)
+    """Whether this is a tensor, or a list of tensors or of lists of ids: data that needs no tokenizer."""
+    return isinstance(as_ids(calibration[0]) if isinstance(calibration, (list, tuple)) and calibration else calibration, Tensor)
 
 
 def tokenize(document: Document, tokenizer: Any, where: str) -> Tensor:

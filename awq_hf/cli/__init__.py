@@ -92,7 +92,7 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what quantizing a model would do, and take; or what an AWQ checkpoint holds. Reads one block of each kind at most."""
+    """Say what quantizing a model would do, and take; or what a quantized checkpoint holds. Reads one block of each kind at most."""
     import awq_hf
     from awq_hf.compat import progress_bar
     from awq_hf.inspection import inspect

@@ -59,9 +59,14 @@ class OneRun:
         options: dict[str, Any] = dict(resume=self.resume, dtype=self.dtype, device_map=self.device, **self.location, **self.trust)
         try:
             model: Any = awq_hf.quantize(self.model, self.config, output_dir=self.out, **options)
-        except (Exception, KeyboardInterrupt):
-            if self.resume and Path(f"{self.out}.progress").is_dir():
-                typer.echo(f"Finished blocks are kept in {self.out}.progress; the same command goes on from there.", err=True)
+        except KeyboardInterrupt:
+            if hint := self.how_to_resume() or ("" if self.resume else "nothing was written; --resume keeps finished blocks"):
+                typer.echo(f"interrupted; {hint}", err=True)
+                raise typer.Exit(130) from None
+            raise
+        except Exception as error:
+            if not isinstance(error, ValueError) and (hint := self.how_to_resume()):  # a refusal would be the same again
+                typer.echo(hint, err=True)
             raise
         report = model.awq_report
         del model
@@ -76,6 +81,10 @@ class OneRun:
         steps = self.steps()
         results = dict(zip(steps, run_steps(list(steps.values()), self.say, f"The model is in {self.out}."), strict=True))
         self.close(report, results)
+
+    def how_to_resume(self) -> str:
+        kept = Path(f"{self.out}.progress")
+        return f"finished blocks are kept in {kept}; the same command goes on from there" if self.resume and kept.is_dir() else ""
 
     def check(self) -> None:
         """Everything that can be refused, before the work."""

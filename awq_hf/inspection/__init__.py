@@ -1,9 +1,11 @@
-"""`awq-hf inspect`: what quantizing a float checkpoint will do and cost, or what an AWQ checkpoint holds."""
+"""`awq-hf inspect`: what quantizing a float checkpoint will do and cost, or what a quantized checkpoint holds."""
 
 from __future__ import annotations
 
 from awq_hf.config import AwqConfig
+from awq_hf.exporters.reading import PACKAGES
 from awq_hf.inspection.contents import Contents, read_contents
+from awq_hf.inspection.export import read_export
 from awq_hf.inspection.forecast import Forecast, forecast
 from awq_hf.inspection.source import open_source
 from awq_hf.pipeline import Progress
@@ -23,19 +25,22 @@ def inspect(
 ) -> Forecast | Contents:
     """Look at a directory or Hub id, whose weights are not read but for one decoder block of each shape.
 
-    config: as for quantizing an ordinary checkpoint; not for an AWQ one. dtype, device: to quantize it with, or to run it with.
+    config: as for quantizing an ordinary checkpoint; not for a quantized one. dtype, device: to quantize it with, or to run it with.
     revision: branch, tag or commit, for a Hub id. trust_remote_code: run code that comes with the model.
-    Raises ValueError or FileNotFoundError for what is neither.
+    Raises ValueError or FileNotFoundError for what cannot be read.
     """
     source = open_source(model, revision, trust_remote_code)
     if source.quantization is None:
         if any(name.endswith(".qweight") for name in source.headers):
             raise ValueError(f"{model} holds *.qweight, so it is quantized already, but its config.json has no quantization_config")
         return forecast(source, config or AwqConfig(), dtype, device, progress)
+    if config is not None and source.quant_method in ("awq", *PACKAGES):
+        raise ValueError(f"{option('config')} is about quantizing a float model, and {model} is quantized already; leave it out")
     if source.quant_method == "awq":
-        if config is not None:
-            raise ValueError(f"{option('config')} is about quantizing a float model, and {model} is quantized already; leave it out")
         return read_contents(source, dtype, device)
+    if source.quant_method in PACKAGES:
+        return read_export(source, device)
     raise ValueError(
-        f"{model} is quantized already, with {source.quant_method}; awq-hf inspect reads float and AWQ checkpoints: give the float model"
+        f"{model} is quantized already, with {source.quant_method}; awq-hf inspect reads float checkpoints, AWQ, {' and '.join(PACKAGES)}: "
+        "give the float model"
     )

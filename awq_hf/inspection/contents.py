@@ -1,4 +1,4 @@
-"""What an AWQ checkpoint holds, from its config.json, the headers of its tensors, and report.json where there is one."""
+"""What an AWQ checkpoint holds, from its config.json, the headers of its tensors, and report.json where there is one. Others: export.py."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
 class Contents:
     """model: as it was named; sizes in bytes, by kind; parameters of the model that the checkpoint stands for.
 
-    version: what the config calls the layout; layouts: what the tensors are in. overrides: as in AwqConfig.
-    problem: why awq-hf cannot load it, None when every tensor fits the config. bits_per_weight: of the quantized modules, with scales and
-    zero points; None where the problem hides it. left_in_float: modules that hold matrices -> how many.
+    format: "awq", "gptq" or "compressed-tensors"; version: what the config calls the layout; layouts: what an AWQ checkpoint's tensors
+    are in. spec: the most frequent one; overrides: the others, as in AwqConfig.
+    problem: why awq-hf cannot read it, None when every tensor fits the config. bits_per_weight: of the quantized modules, with scales and
+    zero points; None where the problem hides it, as it may the spec. left_in_float: modules that hold matrices -> how many.
     loss_ratio, calibration: from report.json, or None. kernels: that would run the modules on `device`. serving: see awq_hf.serving.
     """
 
@@ -37,7 +38,7 @@ class Contents:
     parameters: int
     version: str | None
     layouts: list[str]
-    spec: dict[str, Any]
+    spec: dict[str, Any] | None
     overrides: dict[str, Any]
     written_by: str | None
     quantized_modules: int
@@ -51,9 +52,10 @@ class Contents:
     device: str
     kernels: list[KernelUse]
     serving: list[str]
+    format: str = "awq"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "awq", **asdict(self)}
+        return {"kind": self.format, **asdict(self)}
 
 
 def read_contents(source: Source, dtype: str, device: str) -> Contents:
@@ -64,7 +66,7 @@ def read_contents(source: Source, dtype: str, device: str) -> Contents:
     chosen = source.dtype() if dtype == "auto" else getattr(torch, dtype)
     model = source.empty_model(source.dtype())
     parameters = sum(p.numel() for p in model.parameters())
-    heads = _heads(model)
+    heads = heads_of(model)
     layouts: set[str] = set()
     problem = None
     try:
@@ -90,22 +92,27 @@ def read_contents(source: Source, dtype: str, device: str) -> Contents:
         layouts=sorted(layouts),
         spec=asdict(config.spec()),
         overrides=config.overrides,
-        written_by=_writer(source, stored),
+        written_by=writer(source, stored),
         quantized_modules=len(owners),
         bits_per_weight=8 * sizes["quantized"] / weights if problem is None else None,
         scales=sorted({info.dtype for name, info in source.headers.items() if name.endswith(".scales")}),
         left_in_float=dict(Counter(map(starred, _float_modules(model)))) if problem is None else {},
         bytes=sizes,
         problem=problem,
-        loss_ratio=loss_ratio(source.report["layers"]) if source.report else None,
-        calibration=source.report["calibration"] if source.report else None,
+        **of_report(source),
         device=device,
         kernels=kernel_uses(linears, chosen, device) if problem is None else [],
         serving=serving(model, linears) if problem is None else [],
     )
 
 
-def _heads(model: Any) -> set[str]:
+def of_report(source: Source) -> dict[str, Any]:
+    """Contents' loss_ratio and calibration."""
+    report = source.report
+    return {"loss_ratio": loss_ratio(report["layers"]) if report else None, "calibration": report["calibration"] if report else None}
+
+
+def heads_of(model: Any) -> set[str]:
     """The model's names of the embeddings' weights."""
     heads = [head for head in (model.get_input_embeddings(), model.get_output_embeddings()) if head is not None]
     return {f"{name}.weight" for name, module in model.named_modules() if any(module is head for head in heads)}
@@ -120,7 +127,7 @@ def _float_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def _writer(source: Source, stored: dict[str, Any]) -> str | None:
+def writer(source: Source, stored: dict[str, Any]) -> str | None:
     """The program that wrote the checkpoint, by the marks that programs leave."""
     if source.report and "awq-hf" in source.report.get("versions", {}):
         return f"awq-hf {source.report['versions']['awq-hf']}"

@@ -2,7 +2,7 @@
 
 Letters: T calibration tokens, of which 1 / HELD_OUT are held out; e bytes of an activation; and for Linears that share an input
 k input channels and R output channels together. Both are estimates: where they were compared with runs, memory was good to within a
-factor of two, and a run took up to twice the time that was counted.
+factor of two, and a run took up to two and a half times the time that was counted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from accelerate.utils import get_max_memory
 from awq_hf.calibration.data import HELD_OUT
 from awq_hf.parallel import ROWS, in_parallel, one_thread_each, workers
 from awq_hf.pipeline import PROBE_TOKENS
+from awq_hf.products import linear
 from awq_hf.recipe import Recipe
 from awq_hf.rounding.descent import SWEEPS
 from awq_hf.rounding.gptq import BLOCK
@@ -235,13 +236,16 @@ def measure_speed(device: str, dtype: torch.dtype) -> Speed:
 
 
 def _product_speed(device: str, dtype: torch.dtype) -> float:
-    """Of a small product, and where that is fast, as float16 on most CPUs is not, of one that is large enough to be typical."""
+    """Of a small product, and where that is fast, as float16 on most CPUs is not, of one that is large enough to be typical.
+
+    As the model's Linears are multiplied while it is quantized (products.py).
+    """
     speed = 0.0
     for size in (256, 1024 if torch.device(device).type == "cpu" else 4096):
         flops = 2.0 * size**3
         if not speed or flops / speed < 0.5:
             x = torch.randn(size, size, device=device).to(dtype)
-            speed = _speed(device, flops, lambda x=x: x @ x)  # type: ignore[misc]
+            speed = _speed(device, flops, lambda x=x: linear(x, x))  # type: ignore[misc]
     return speed
 
 

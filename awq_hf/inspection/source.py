@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from awq_hf import classes
 from awq_hf.headers import Headers, TensorInfo, read_headers, weight_files
 from awq_hf.report import REPORT_NAME
+from awq_hf.wording import no_model
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -74,7 +75,7 @@ def open_source(name: str, revision: str | None = None, trusted: bool = False) -
             raise FileNotFoundError(f"there is no directory {name}, and it cannot be a Hub id (owner/name) either") from None
         return _from_hub(name, revision, trusted)
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{name} holds no config.json; give the directory of a transformers model, or a Hub id")
+        raise ValueError(no_model(name, directory))
     headers = read_headers(weight_files(directory, name), str(directory))
     report = directory / REPORT_NAME
     try:

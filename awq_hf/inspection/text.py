@@ -9,10 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from awq_hf.exporters.reading import PACKAGES
 from awq_hf.inspection.contents import Contents
 from awq_hf.inspection.forecast import Forecast
 from awq_hf.inspection.kernel_use import KernelUse
 from awq_hf.preflight import SKIPPED
+
+_FORMATS = {"awq": "AWQ", "gptq": "GPTQ"}
 
 
 def show(found: Forecast | Contents, console: Console) -> None:
@@ -125,7 +128,8 @@ def _breakdown(sizes: dict[str, int]) -> list[str]:
 def _contents(found: Contents) -> list[str]:
     lines = [
         found.model,
-        f"{found.class_name}, AWQ {' and '.join(found.layouts) or found.version}: {_grid(found.spec)}",
+        f"{found.class_name}, {_FORMATS.get(found.format, found.format)} {' and '.join(found.layouts) or found.version or ''}".rstrip()
+        + (f": {_grid(found.spec)}" if found.spec else ""),
         f"{found.quantized_modules} modules quantized"
         + (f", {found.bits_per_weight:.2f} bits a weight" if found.bits_per_weight else "")
         + f"; scales {', '.join(found.scales) or 'missing'}",
@@ -146,8 +150,15 @@ def _contents(found: Contents) -> list[str]:
     for use in found.kernels:
         lines += _kernels(use, found.device)
     lines += _serving(found.serving)
-    lines.append("Its tensors fit its config." if found.problem is None else f"PROBLEM: awq-hf cannot load it: {found.problem}")
-    return lines
+    return [*lines, _verdict(found)]
+
+
+def _verdict(found: Contents) -> str:
+    if found.format == "awq":
+        return "Its tensors fit its config." if found.problem is None else f"PROBLEM: awq-hf cannot load it: {found.problem}"
+    if found.problem is None:
+        return f"awq-hf eval measures it; awq-hf has kernels for AWQ, other programs for {_FORMATS.get(found.format, found.format)}."
+    return f"Of a kind that awq-hf does not read itself: {found.problem}. awq-hf eval measures it with {PACKAGES[found.format]}"
 
 
 def _kernels(use: KernelUse, device: str) -> list[str]:

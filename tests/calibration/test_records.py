@@ -91,7 +91,7 @@ MESSAGE = r'a message is \{"role": ..., "content": ...\}'
         ({"text": ["a"]}, r"here: the field text holds \['a'\], not a text;"),
         ({"messages": "a"}, "here: the field messages holds 'a', not a list of messages;"),
         ({"prompt": 7}, "here: the field prompt holds 7, not a text or a list of messages"),
-        ([1], f"here: message 0 is 1; {MESSAGE}"),
+        ([1.5], f"here: message 0 is 1.5; {MESSAGE}"),
         ([*HELLO, {"text": "a"}], f"here: message 2 has the fields text; {MESSAGE}, or has ShareGPT"),
         ([{"role": "user"}], f"message 0 has the fields role; {MESSAGE}"),
         ([{"from": "human"}], "message 0 has the fields from"),

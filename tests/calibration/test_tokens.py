@@ -126,3 +126,17 @@ def test_refused(document: Any, change: Callable[[Any], None], message: str, cha
 def test_no_tokenizer(document: Any) -> None:
     with pytest.raises(ValueError, match="here: texts need a tokenizer: pass tokenizer=..., or give a list of token tensors"):
         tokenize(document, None, "here")
+
+
+def test_ids_as_tokenizers_return_them_are_tokens(tokenizer: Any) -> None:
+    texts = ["Hello, who is there?", "And God said, Let there be light"]
+    tensors = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+    expected = load_windows(tensors, None, 8)
+    numpy = pytest.importorskip("numpy")
+    for given in (tokenizer(texts)["input_ids"], tuple(map(tuple, tokenizer(texts)["input_ids"])), [tensor.numpy() for tensor in tensors]):
+        found = load_windows(given, None, 8)
+        assert is_tokens(given) and (found.source, found.sha256()) == ("2 token tensors", expected.sha256())
+    assert load_windows(iter(tokenizer(texts)["input_ids"]), None, 8).sha256() == expected.sha256()
+    with pytest.raises(ValueError, match="dtype torch.float32; give 1-D integer"):
+        load_windows([numpy.zeros(4, dtype="float32")], None, 8)
+    assert not is_tokens([[True, False]]) and not is_tokens([[]])

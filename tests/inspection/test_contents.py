@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,11 +98,16 @@ def test_who_wrote_it(copy: Path) -> None:
         assert contents_of(copy).written_by == writer
 
 
-@pytest.mark.parametrize("method", ["gptq", "compressed-tensors", "bitsandbytes"])
-def test_other_methods_are_refused_by_name(method: str, copy: Path) -> None:
-    edit(copy, quant_method=method)
-    with pytest.raises(ValueError, match=f"is quantized already, with {method};"):
+def test_other_methods_are_refused_by_name(copy: Path) -> None:
+    edit(copy, quant_method="bitsandbytes")
+    with pytest.raises(ValueError, match="is quantized already, with bitsandbytes;"):
         inspect(str(copy))
+
+
+@pytest.mark.parametrize(("method", "problem"), [("gptq", "has no g_idx"), ("compressed-tensors", r"no tensor is named \*.weight_packed")])
+def test_tensors_that_are_not_of_the_format_that_the_config_names(method: str, problem: str, copy: Path) -> None:
+    edit(copy, quant_method=method)
+    assert re.search(problem, contents_of(copy).problem or "")
 
 
 def test_quantized_tensors_that_the_config_does_not_name(copy: Path) -> None:
@@ -118,3 +124,42 @@ def test_kernels_that_would_run_it(quantized_dir: Path) -> None:
     (use,) = found.kernels
     assert (use.modules, use.dtype, use.by_tokens) == (14, "bfloat16", {1: "reference"})
     assert use.names[0] == "model.layers.*.mlp.down_proj" and use.reason == "there are no kernels for meta"
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "ends"),
+    [
+        ("gptq", "gptq_v2", (".qweight", ".qzeros", ".scales", ".g_idx")),
+        ("compressed-tensors", "pack-quantized", (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")),
+    ],
+)
+def test_an_export(target: str, version: str, ends: tuple[str, ...], quantized_dir: Path, tmp_path: Path) -> None:
+    """What is said of the AWQ checkpoint that it was made of, but for the format and the bytes of that."""
+    awq_hf.export(quantized_dir, target, tmp_path / "out")
+    found, original = contents_of(tmp_path / "out"), contents_of(quantized_dir)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    quantized = sum(t.nbytes for name, t in tensors.items() if name.endswith(ends))
+    assert (found.format, found.version, found.layouts, found.to_dict()["kind"]) == (target, version, [], target)
+    assert found.bytes == {**original.bytes, "quantized": quantized} and sum(found.bytes.values()) == sum(
+        t.nbytes for t in tensors.values()
+    )
+    assert found.bits_per_weight == 8 * quantized * original.bits_per_weight / (8 * original.bytes["quantized"])
+    same = ("parameters", "spec", "quantized_modules", "left_in_float", "scales", "problem", "loss_ratio", "written_by")
+    assert {name: getattr(found, name) for name in same} == {name: getattr(original, name) for name in same}
+
+
+def test_an_export_of_several_widths(llama_dir: Path, small_config: Callable[..., Any], tmp_path: Path) -> None:
+    config = small_config(samples=2, rounding="nearest", overrides={"down_proj": {"bits": 8}})
+    awq_hf.quantize(llama_dir, config, output_dir=tmp_path / "awq")
+    awq_hf.export(tmp_path / "awq", "gptq", tmp_path / "gptq")
+    found = contents_of(tmp_path / "gptq")
+    assert found.spec == {"bits": 4, "group_size": 32, "symmetric": False}
+    assert found.overrides == {"model.layers.*.mlp.down_proj": {"bits": 8, "group_size": 32, "zero_point": True}}
+
+
+def test_an_export_of_a_kind_that_is_not_read(quantized_dir: Path, tmp_path: Path) -> None:
+    awq_hf.export(quantized_dir, "compressed-tensors", tmp_path / "out")
+    edit(tmp_path / "out", kv_cache_scheme={"num_bits": 8})
+    found = contents_of(tmp_path / "out")
+    assert (found.problem, found.spec, found.bits_per_weight) == ("it quantizes the cache of keys and values", None, None)
+    assert found.bytes["quantized"] > 0 and found.quantized_modules == 14

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awq_hf.inspection import Forecast, costs, inspect
 from awq_hf.recipe import Recipe
@@ -133,6 +134,26 @@ def test_speed_is_measured() -> None:
     low, high = costs.estimated_seconds([BLOCK], RECIPE, "cpu", torch.float32)
     counted = low / costs.LOW
     assert counted > 1 and high > 2 * counted  # a second of probing is in it; and a run that takes twice as long is within the range
+
+
+def test_speed_is_that_of_a_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows of its weight, which is the second factor's columns: a CPU without bfloat16 is several times slower by its rows."""
+    seen: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default:
+                seen.append(args[1].t().is_contiguous() and not args[1].is_contiguous())
+            return func(*args, **(kwargs or {}))
+
+    def once(_device: str, amount: float, operation: Callable[[], object]) -> float:
+        with Watch():
+            operation()
+        return amount
+
+    monkeypatch.setattr(costs, "_speed", once)
+    costs.measure_speed("cpu", torch.bfloat16)
+    assert seen and all(seen)
 
 
 def test_a_model_that_does_not_fit(llama_dir: Path, small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
