@@ -24,6 +24,7 @@ from awq_hf.layer import Rounded, judge, round_together
 from awq_hf.linear import AwqLinear
 from awq_hf.matrices import as_kind, as_linear
 from awq_hf.parallel import in_parallel
+from awq_hf.products import run
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.residual_errors import ResidualErrors
@@ -304,11 +305,11 @@ class BlockWork:
         routes: dict[str, Any] = {}
         experts = list(experts_of(self.block))  # also those that stay in float
         with same_routes(self.block, experts, routes):
-            expected = self.block(*call[0], **call[1])
+            expected = run(self.block, *call[0], **call[1])
         self._put_in_place()
         try:
             with same_routes(self.block, experts, routes):
-                packed = self.block(*call[0], **call[1])
+                packed = run(self.block, *call[0], **call[1])
         except Exception as error:
             raise ValueError(f"{self.name} does not run with quantized layers: {type(error).__name__}: {error}") from error
         for a, b in zip(*(filter(torch.is_tensor, tree_flatten(output)[0]) for output in (packed, expected)), strict=True):

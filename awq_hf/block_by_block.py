@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stream import BlockStream, calling_order, model_inputs
+from awq_hf.products import run
 from awq_hf.streaming import InMemory
 
 COMPARED = 64  # tokens of the first batch
@@ -58,7 +59,7 @@ class BlockByBlock:
     @torch.no_grad()
     def logits(self, position: int, batch: Batch) -> Tensor:
         """Of the batch at `position` of those that `run` was given, [windows * seq_len, vocabulary]."""
-        return _logits(self.model(**model_inputs(self.model, batch)) if self.stream is None else self.stream.result(position))
+        return _logits(run(self.model, **model_inputs(self.model, batch)) if self.stream is None else self.stream.result(position))
 
     def _load(self, index: int) -> None:
         self.source.load(index)

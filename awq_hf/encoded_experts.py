@@ -18,6 +18,7 @@ from awq_hf.encoded_layer import Encoded, EncodedLayer, JudgedBlocks, decode, en
 from awq_hf.expert_block import ExpertsWork, Matrix
 from awq_hf.experts import FUSED
 from awq_hf.parallel import in_parallel
+from awq_hf.products import linear
 from awq_hf.report import LayerReport
 from awq_hf.spec import EncodedWeight
 from awq_hf.transforms.awq_scale import Consumer
@@ -46,7 +47,7 @@ class EncodedExperts(ExpertsWork):
 
         def sums(expert: int) -> tuple[Tensor, Tensor, int]:
             x = torch.cat([x0[(chosen == expert).any(1)] for x0, chosen in pairs])
-            h = gate(x.to(self.gate_up.dtype) @ self.gate_up[expert].T)
+            h = gate(linear(x.to(self.gate_up.dtype), self.gate_up[expert]))
             return x.to(torch.float32).square().sum(0), h.to(torch.float32).square().sum(0), len(x)
 
         *energies, counts = zip(*in_parallel(sums, range(len(self.gate_up))), strict=True)

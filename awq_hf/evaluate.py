@@ -1,22 +1,13 @@
 """How good models are on a text they were not calibrated on: perplexity, and how far they are from a reference model.
 
-KL at a position = sum over the vocabulary of p (log p - log q), p the reference's probabilities of the next token and q the model's.
-
-Standard errors. Tokens of one window depend on each other, so windows are the independent units. For the mean m of N values in W
-windows, with r_w the sum of (value - m) over window w:
-
-    SE(m)^2 = W / (W - 1) * sum_w r_w^2 / N^2
-
-This is the cluster-robust variance of a mean with its usual correction for few clusters (Cameron and Miller, A Practitioner's Guide to
-Cluster-Robust Inference, 2015, doi:10.3368/jhr.50.2.317; for language models Miller, Adding Error Bars to Evals, arXiv 2411.00640).
-Losses are compared in pairs, token by token: what both models find hard cancels. That neighbouring windows share a topic is not counted.
+What is computed at each position, and standard errors, are in figures.py. Losses are compared in pairs, token by token: what both
+models find hard cancels.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,14 +22,15 @@ from awq_hf.calibration.checks import FEW
 from awq_hf.calibration.data import Batch, Windows, load_windows
 from awq_hf.calibration.stream import model_inputs
 from awq_hf.classes import positions_of
+from awq_hf.figures import REFERENCE, compare, mean, perplexity, quantiles, real_positions
+from awq_hf.products import run
 from awq_hf.wording import option
 
 Texts = str | os.PathLike[str] | Sequence[str] | Sequence[Tensor] | None
 Model = nn.Module | BlockByBlock
 Source = Model | Callable[[], Model]
 
-CHUNK = 2**21  # logits that are float64 at a time: small enough for a CPU's cache, large enough for a GPU
-REFERENCE = "the reference"
+WINDOWS, LOGITS = 8, 2**27  # that a batch has at most: of 32,000 tokens 8 windows of 512, of 128,000 2
 
 logger = logging.getLogger("awq_hf")
 
@@ -81,16 +73,17 @@ def evaluate(
     tokenizer: Any = None,
     seq_len: int = 512,
     max_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Any = None,
 ) -> Evaluation:
     """Compare `model` with `reference` on windows of `texts`: a UTF-8 text file, strings, 1-D tensors of token ids, or None.
 
     None is the held-out text that comes with the package.
 
-    Windows of seq_len tokens follow each other without overlap; max_tokens // seq_len of them (at least one) are used. In memory is
-    one batch of logits of both models, in the models' dtype; log-probabilities and sums are float64. Standard errors take windows
-    as the independent units (see the module). tokenizer: not needed for token ids. progress: like tqdm.
+    Windows of seq_len tokens follow each other without overlap; max_tokens // seq_len of them (at least one) are used. batch_size: windows
+    that run together; None: up to 8, fewer where the vocabulary is large. In memory is one batch of logits of both models, in the models'
+    dtype; log-probabilities and sums are float64. Standard errors take windows as the independent units (see the module). tokenizer: not
+    needed for token ids. progress: like tqdm.
 
     Raises ValueError for a text that cannot be used, for a model it does not fit, for vocabularies of different size (also where one
     of them is only padded: what the padding's probabilities should be compared with is unknown), and for logits that are not finite.
@@ -106,7 +99,7 @@ def evaluate_many(
     tokenizer: Any = None,
     seq_len: int = 512,
     max_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Any = None,
 ) -> dict[str, Evaluation]:
     """evaluate() for several models by name, on the same tokens.
@@ -169,7 +162,14 @@ def _module(model: Model) -> nn.Module:
     return model.model if isinstance(model, BlockByBlock) else model
 
 
-def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows, batch_size: int, progress: Any) -> Evaluation:
+def _windows_at_once(model: Any, seq_len: int) -> int:
+    """How many windows a batch has: their logits are the largest part of the memory that evaluating takes."""
+    vocabulary = model.config.get_text_config().vocab_size if hasattr(model, "config") else 1
+    return min(WINDOWS, max(1, LOGITS // (seq_len * vocabulary)))
+
+
+def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows, batch_size: int | None, progress: Any) -> Evaluation:
+    batch_size = batch_size or _windows_at_once(_module(model), windows.input_ids.shape[1])
     batches = windows.batches(batch_size, hold_out=False)
     sums: list[Tensor] = []  # [figures, windows of the batch], see _compare
     divergences: list[Tensor] = []  # [positions of the batch]
@@ -179,14 +179,14 @@ def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows
                 each.run(batches, called, progress)
         numbered = enumerate(progress(batches, desc=f"Evaluating {name}", unit="batch") if progress else batches)
         for position, batch in numbered:
-            found = _compare(name, *_pair(model, reference, position, batch), batch, position * batch_size)  # keeps no logits here
+            found = compare(name, *_pair(model, reference, position, batch), batch, position * batch_size)  # keeps no logits here
             sums.append(found.sum(2))
             if reference is not None:
-                divergences.append(found[2][_real(batch)])
+                divergences.append(found[2][real_positions(batch)])
     loss, *compared = torch.cat(sums, dim=1)  # [windows] each
     positions, predictions = windows.lengths, windows.lengths - 1
     described: dict[str, Any] = dict(
-        perplexity=_perplexity(loss, predictions),
+        perplexity=perplexity(loss, predictions),
         tokens=windows.tokens,
         seq_len=windows.input_ids.shape[1],
         text=windows.source,
@@ -195,12 +195,12 @@ def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows
     if not compared:
         return Evaluation(**described)
     reference_loss, kl, same = compared
-    loss_difference, loss_difference_se = _mean(loss - reference_loss, predictions)
-    kl_mean, kl_se = _mean(kl, positions)
-    median, kl_99, kl_999 = _quantiles(torch.cat(divergences), (0.5, 0.99, 0.999))
+    loss_difference, loss_difference_se = mean(loss - reference_loss, predictions)
+    kl_mean, kl_se = mean(kl, positions)
+    median, kl_99, kl_999 = quantiles(torch.cat(divergences), (0.5, 0.99, 0.999))
     return Evaluation(
         **described,
-        reference_perplexity=_perplexity(reference_loss, predictions),
+        reference_perplexity=perplexity(reference_loss, predictions),
         loss_difference=loss_difference,
         loss_difference_se=loss_difference_se,
         kl=kl_mean,
@@ -208,73 +208,22 @@ def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows
         kl_median=median,
         kl_99=kl_99,
         kl_999=kl_999,
-        top1=_mean(same, positions)[0],
+        top1=mean(same, positions)[0],
     )
-
-
-def _compare(name: str, ours: Tensor, theirs: Tensor | None, batch: Batch, first: int) -> Tensor:
-    """Figures of every position, float64 [1 or 4, windows, seq_len] on the CPU; 0 at padding.
-
-    They are: negative log-likelihood of the next token (0 at the last of a window) of the model, and with a reference: of the
-    reference, KL(reference || model), and 1 where the most likely token is the same. ours, theirs: logits of the model and of the
-    reference, [windows * seq_len, vocabulary]; first: the batch's first window, for messages.
-    """
-    if theirs is not None and theirs.shape[1] != ours.shape[1]:
-        raise ValueError(
-            f"{name} computes logits for {ours.shape[1]} tokens and the reference for {theirs.shape[1]}: they can be compared only with "
-            "vocabularies of the same size, padding included"
-        )
-    real = _real(batch)
-    predicts = real.clone()
-    predicts[:, :-1] &= real[:, 1:]
-    predicts[:, -1] = False
-    following = batch.input_ids.roll(-1, 1).flatten()
-    found = torch.zeros(1 if theirs is None else 4, real.numel(), dtype=torch.float64)
-    for rows in real.flatten().nonzero()[:, 0].split(max(1, CHUNK // ours.shape[1])):
-        log_q = _log_probabilities(ours, rows, name, batch, first)  # [rows, vocabulary]
-        token = following[rows, None].to(log_q.device)
-        found[0, rows] = -log_q.gather(1, token)[:, 0].cpu()
-        if theirs is not None:
-            log_p = _log_probabilities(theirs, rows, REFERENCE, batch, first).to(log_q.device)
-            found[1, rows] = -log_p.gather(1, token)[:, 0].cpu()
-            found[2, rows] = (log_p.exp() * (log_p - log_q)).sum(1).cpu()
-            found[3, rows] = (log_p.argmax(1) == log_q.argmax(1)).double().cpu()
-    found[:2, ~predicts.flatten()] = 0
-    return found.view(-1, *real.shape)
 
 
 @torch.no_grad()
 def _logits(model: Model, position: int, batch: Batch) -> Tensor:
     if isinstance(model, BlockByBlock):
         return model.logits(position, batch)
-    logits: Tensor = model(**model_inputs(model, batch)).logits
+    logits: Tensor = run(model, **model_inputs(model, batch)).logits
     return logits.flatten(0, 1)
-
-
-def _log_probabilities(logits: Tensor, rows: Tensor, name: str, batch: Batch, first: int) -> Tensor:
-    """float64: the rounding of float32 (1e-6) is as large as the divergence of a good 8-bit model, and makes it negative."""
-    chosen = logits[rows.to(logits.device)]
-    bad = ~chosen.isfinite().all(1)
-    if bool(bad.any()):
-        window, token = divmod(int(rows[bad.cpu()][0]), batch.input_ids.shape[1])
-        raise ValueError(
-            f"{name} computes logits that are not finite (window {first + window}, token {token}, both counted from 0): its weights are "
-            f"damaged, or {str(chosen.dtype).removeprefix('torch.')} overflows; check the file, or try {option('dtype', 'float32')}"
-        )
-    if chosen.device.type == "mps":  # has no float64
-        chosen = chosen.cpu()
-    return chosen.double().log_softmax(1)
 
 
 def _pair(model: Model, reference: Model | None, position: int, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Logits of the model and of the reference, [windows * seq_len, vocabulary]."""
     theirs = None if reference is None else _logits(reference, position, batch)
     return (theirs if theirs is not None and model is reference else _logits(model, position, batch)), theirs
-
-
-def _real(batch: Batch) -> Tensor:
-    """bool [windows, seq_len]: not padding."""
-    return torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask.bool()
 
 
 @contextmanager
@@ -288,28 +237,3 @@ def _in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _perplexity(loss: Tensor, predictions: Tensor) -> float:
-    return float((loss.sum() / predictions.sum()).exp())
-
-
-def _mean(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
-    """Mean of values and its standard error, from their sums in every window and how many they are (see the module)."""
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    mean, windows = sums.sum() / counts.sum(), len(sums)
-    if windows < 2:
-        return float(mean), None
-    residuals = sums - mean * counts
-    return float(mean), float((windows / (windows - 1) * residuals.square().sum()).sqrt() / counts.sum())
-
-
-def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
-    """Linear interpolation between order statistics. torch.quantile does the same, for up to 2^24 values."""
-    ordered = values.sort().values
-    found = []
-    for share in shares:
-        place = share * (len(ordered) - 1)
-        low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-        found.append(float(low + (high - low) * (place - math.floor(place))))
-    return found

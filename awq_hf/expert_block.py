@@ -20,6 +20,7 @@ from awq_hf.calibration.stats import Moments
 from awq_hf.experts import FUSED, AwqExperts, ExpertWeights, gate_is_linear_in_up
 from awq_hf.layer import judge, round_together
 from awq_hf.linear import pack_weight
+from awq_hf.products import linear
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.spec import QuantizedWeight, QuantSpec
@@ -124,7 +125,7 @@ class ExpertsWork:
         gate: Any = self.module._apply_gate
         with self.report.timed("scale search"):
             weight = gate_up.to(self.gate_up.dtype)
-            energies = statistics.energies(reached, lambda x: gate(x.to(weight.dtype) @ weight.T), down.shape[1])
+            energies = statistics.energies(reached, lambda x: gate(linear(x.to(weight.dtype), weight)), down.shape[1])
             consumers, channels = [(down, nearest(self.specs[FUSED[1]]))], torch.arange(down.shape[1], device=down.device)
             return search_scales(consumers, channels, len(channels), *energies, self.recipe.scale, judges=self._judges_of_down(down))
 
@@ -155,7 +156,7 @@ class ExpertsWork:
         """What goes into down: of x [tokens, H], with the quantized weights or with the float ones."""
         gate: Any = self.module._apply_gate
         weights = (folded.to(self.gate_up.dtype), self.gate_up[expert])
-        return lambda x, quantized: gate(x.to(self.gate_up.dtype) @ weights[quantized].T)
+        return lambda x, quantized: gate(linear(x.to(self.gate_up.dtype), weights[quantized]))
 
     def _lines(
         self, parameter: str, judged: list[list[Any]], share: Tensor, few: list[int], fold: str | None, alpha: float, family: str

@@ -50,7 +50,7 @@ def measure(
     device_map: Any = None,
     seq_len: int | None = None,
     max_tokens: int | None = MAX_TOKENS,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Any = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:

@@ -169,13 +169,13 @@ class _Search:
         self, types: dict[str, Type], path: Any, wanted: str, target_bpw: float | None, save_imatrix: Any, options: dict[str, Any]
     ) -> GgufExport:
         self.config.tokenizer = self.config.tokenizer or options.get("tokenizer")
-        model, source = self._load(whole=target_bpw is not None)
+        model, source = self._load()
         recipe = self.config.recipe(positions_of(model.config))
         windows = calibration_windows(model, self.config, recipe)
         names = _matrices(model, self.plan, types)
         self.progress = compat.progress_bar if options.get("progress", True) else None
         if target_bpw is not None:
-            types, wanted = self._within(target_bpw, types, model, windows, names), AUTO
+            types, wanted = self._within(target_bpw, types, model, source, windows, names), AUTO
         kinds = {found.name: types[self.plan.places[name].target] for name, found in names.items()}
         encoded = encode_model(model, kinds, recipe, windows, self.progress, source)
         names = {name: found for name, found in names.items() if found.full in encoded.weights}  # not those that run twice in a block
@@ -189,27 +189,23 @@ class _Search:
             write_imatrix(save_imatrix, Imatrix(entries, (windows.source,), len(windows.input_ids), recipe.seq_len))
         return GgufExport(files, types, encoded.report)
 
-    def _load(self, whole: bool) -> tuple[Any, InMemory]:
-        """The model, and where its blocks' weights are: in memory, if `whole`."""
+    def _load(self) -> tuple[Any, InMemory]:
+        """The model, and where its blocks' weights are."""
         if isinstance(self.source, PreTrainedModel):
             return copy.deepcopy(self.source), InMemory()
         kind = class_of(self.checkpoint.config.architectures)
-        options = dict(dtype="auto", device_map=self.device, **self.location)
-        if whole:
-            model, source = kind.from_pretrained(self.source, **options), InMemory()
-        else:
-            model, source = load_float(kind, self.source, **options)
+        model, source = load_float(kind, self.source, dtype="auto", device_map=self.device, **self.location)
         if self.checkpoint.directory is not None:
             remember_place(model, [str(self.checkpoint.directory / "config.json")])  # the tokenizer is of the same
         return model, source
 
     def _within(
-        self, target_bpw: float, types: dict[str, Type], model: Any, windows: Windows, names: Mapping[str, Matrix]
+        self, target_bpw: float, types: dict[str, Type], model: Any, source: InMemory, windows: Windows, names: Mapping[str, Matrix]
     ) -> dict[str, Type]:
         """Types of the least predicted divergence for a file of target_bpw bits a weight, of all its tensors."""
         targets = {found.name: self.plan.places[name].target for name, found in names.items() if found.in_block}
         few = windows.sample(min(MEASURED_WINDOWS, len(windows.input_ids)), self.config.seed)
-        costs = {targets[name]: cost for name, cost in measure(model, few, list(targets), progress=self.progress).items()}
+        costs = {targets[name]: cost for name, cost in measure(model, few, list(targets), None, self.progress, source).items()}
         return {**types, **choose(costs, *_within_budget(target_bpw, self.plan, types, costs))}
 
 

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,12 @@ def round_loaded(directory: str, windows: int) -> Any:
     return awq_hf.quantize(AutoModelForCausalLM.from_pretrained(directory), awq_hf.AwqConfig.plain_rounding(**options_of(windows)))
 
 
-def search_for_gguf(directory: str, windows: int) -> None:
+def search_for_gguf(directory: str, windows: int, **wanted: Any) -> None:
     from awq_hf import AwqConfig
     from awq_hf.to_gguf import to_gguf
 
     config = AwqConfig(**options_of(windows), scale=False, correction=False, rounding="nearest")
-    to_gguf(directory, f"{directory}/model.gguf", type="Q4_0", config=config, progress=False)
+    to_gguf(directory, f"{directory}/model.gguf", config=config, progress=False, overwrite=True, **wanted)
 
 
 def compare(directory: str, _windows: int) -> None:
@@ -124,7 +125,8 @@ STEPS: dict[str, Callable[[str, int], Any]] = {
     "the search": quantize,
     "plain rounding, loaded whole before": round_loaded,
     "plain rounding, from files": round_plainly,
-    "for GGUF (Q4_0), from files": search_for_gguf,
+    "for GGUF (Q4_0), from files": partial(search_for_gguf, type="Q4_0"),
+    "for GGUF, types chosen for 4.5 bits a weight, from files": partial(search_for_gguf, target_bpw=4.5),
     "measuring, a window at a time": compare,
 }
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .products import computed_in
+
 CHUNK_WEIGHTS = 1 << 22  # weights dequantized at a time: 16 MB in float32, whatever the size of the layer
 
 Rows = Callable[[slice], Tensor]  # rows of a weight [out, in] -> float32 [rows, in]; slices start at multiples of 64
@@ -21,9 +23,9 @@ def chunks(n: int, k: int) -> Iterator[slice]:
 
 def linear(x: Tensor, rows: Rows, n: int, bias: Tensor | None) -> Tensor:
     """y = x W^T + b, W rounded to x's dtype. x: [m, in]; bias: [n] or None. Returns [m, n] in x's dtype."""
-    y = x.new_empty(x.shape[0], n)
+    y, operand = x.new_empty(x.shape[0], n), x.to(computed_in(x.dtype, x.device))
     for part in chunks(n, x.shape[1]):
-        y[:, part] = x @ rows(part).to(x.dtype).T
+        y[:, part] = operand @ rows(part).to(x.dtype).to(operand.dtype).T
     return y if bias is None else y + bias.to(x.dtype)
 
 
@@ -47,6 +49,7 @@ def by_expert(x: Tensor, offsets: Tensor, n: int, multiply: Callable[[Tensor, in
 def input_grad(dy: Tensor, rows: Rows, k: int) -> Tensor:
     """dx = dy W, W rounded to dy's dtype, the chunks' sums in float32 or wider. dy: [m, out]. Returns [m, k] in dy's dtype."""
     dx = torch.zeros(dy.shape[0], k, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    operand = dy.to(computed_in(dy.dtype, dy.device))
     for part in chunks(dy.shape[1], k):
-        dx += dy[:, part] @ rows(part).to(dy.dtype)
+        dx += operand[:, part] @ rows(part).to(dy.dtype).to(operand.dtype)
     return dx.to(dy.dtype)

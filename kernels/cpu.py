@@ -2,7 +2,7 @@
 
 torch's kernel (aten/src/ATen/native/cpu/int4mm_kernel.cpp) is vectorized for bfloat16 only, and takes s and (8 - z) s rounded to
 bfloat16. float32 and float16 pass through it in bfloat16: `native` keeps their precision. The matmul's weights are exact in
-float32, rounded once to bfloat16 for bfloat16 activations; float16 computes in float32, which is faster than torch's float16 here.
+float32, rounded once to bfloat16 where bfloat16 activations are multiplied in that (products.py).
 
 Root mean square error relative to float64's result, 4096 x 4096, groups of 128; 4 bits themselves cost 0.10 of a normal weight:
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
+from .products import computed_in
 
 GROUPS = (256, 128, 64, 32)  # columns that torch's kernel can have to a scale
 COLUMNS = GROUPS[-1]  # a row is padded to a multiple of this
@@ -168,10 +169,10 @@ def linear(x: Tensor, words: Tensor, steps: Tensor, scales: Tensor, zeros: Tenso
 
 
 def _matmul(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """y = x W^T with W^T dequantized a few rows of W at a time; float16 computes in float32, since CPUs have no float16 matmul."""
+    """y = x W^T with W^T dequantized a few rows of W at a time."""
     packed, (rows, groups), columns = order(), scales.shape, x.shape[1]
     blocks = packed.blocks(words)
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    dtype = computed_in(x.dtype, x.device)
     operand = x.to(dtype)
     y = x.new_empty(x.shape[0], rows)
     step = max(ROWS, CHUNK // columns // ROWS * ROWS)

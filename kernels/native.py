@@ -26,6 +26,7 @@ from torch import Tensor
 from . import cpu
 from .kernel_layout import BLOCK, unsupported
 from .problem import Problem
+from .products import computed_in
 
 VARIABLE = "AWQ_HF_NATIVE"
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -133,7 +134,7 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor
         y: Tensor = torch.ops.awq_hf_native.linear(x.contiguous(), words, scales, zeros, None if bias is None else bias.float())
         return y
     (rows, columns), padded = (words.shape[0], x.shape[1]), words.shape[1] * 8
-    operand = x.float() if x.dtype == torch.float16 else x  # CPUs have no float16 matmul worth the name
+    operand = x.to(computed_in(x.dtype, x.device))
     y = x.new_empty(x.shape[0], rows)
     step = max(1, CHUNK // padded)
     memory = torch.empty(min(step, rows), padded, dtype=operand.dtype)

@@ -181,7 +181,7 @@ def test_batches_change_nothing(batch_size: int, models: tuple[Any, Any], tokens
 @pytest.mark.parametrize("chunk", [1, 96 * 7, 2**30])
 def test_chunks_change_nothing(chunk: int, models: tuple[Any, Any], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     usual = awq_hf.evaluate(*models, tokens, seq_len=SEQ_LEN)
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr("awq_hf.figures.CHUNK", chunk)
     found = awq_hf.evaluate(*models, tokens, seq_len=SEQ_LEN)
     numbers = {key: value for key, value in usual.to_dict().items() if isinstance(value, float)}
     # Not to the last bit: torch orders a sum by the tensor's shape.
@@ -200,7 +200,7 @@ class LargestFloat64(TorchDispatchMode):
 
 def test_probabilities_exist_for_a_chunk_at_a_time(models: tuple[Any, Any], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = 96 * 30  # 30 of the 160 positions of a batch
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr("awq_hf.figures.CHUNK", chunk)
     with LargestFloat64() as largest:
         awq_hf.evaluate(*models, tokens, seq_len=SEQ_LEN)
     assert largest.numel == chunk
@@ -260,6 +260,19 @@ def test_windows_longer_than_the_model_takes(models: tuple[Any, Any]) -> None:
         awq_hf.evaluate(models[0], None, [torch.arange(3, 90).repeat(2)], seq_len=129)
     assert awq_hf.evaluate(models[0], None, [torch.arange(3, 90).repeat(2)], seq_len=128).tokens == 174
     assert awq_hf.evaluate(models[0], None, [torch.arange(3, 90)]).tokens == 87  # windows of 512, were there so many tokens
+
+
+@pytest.mark.parametrize("limit, expected", [(None, 8), (8 * 22 * 96, 8), (5 * 22 * 96 + 1, 5), (1, 1)])
+def test_a_batch_has_fewer_windows_where_the_vocabulary_is_large(
+    limit: int | None, expected: int, models: tuple[Any, Any], tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit is not None:
+        monkeypatch.setattr(module, "LOGITS", limit)
+    widths: list[int] = []
+    handle = models[0].register_forward_pre_hook(lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True)
+    awq_hf.evaluate(models[0], None, tokens, seq_len=22)
+    handle.remove()
+    assert max(widths) == expected
 
 
 @pytest.mark.parametrize("option", ["batch_size", "max_tokens"])

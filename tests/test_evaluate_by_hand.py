@@ -113,7 +113,7 @@ def test_one_pair_of_logits_is_in_memory() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 4)  # one position
+    monkeypatch.setattr("awq_hf.figures.CHUNK", 4)  # one position
     tokens = [torch.tensor([0, 0, 0, 0, 0, 0, 0, 2, 0, 0])]  # windows of 3: the 2 is token 1 of window 2
     for broken in (0, 1):
         pair = fixed()

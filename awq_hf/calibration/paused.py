@@ -14,6 +14,7 @@ from torch import nn
 
 from awq_hf.calibration.stream import Call, input_hooks
 from awq_hf.parallel import workers
+from awq_hf.products import run
 
 
 class PausedForwards:
@@ -29,7 +30,7 @@ class PausedForwards:
         """names: where to stop; routed: see `input_hooks`; kept: modules whose inputs `kept` is to be asked for."""
         self._block, self._names, self._routed, self._kept = block, names, routed, kept
         turns = threading.Semaphore(workers())
-        self._forwards = [_Forward(partial(block, *args, **kwargs), turns) for args, kwargs in calls]
+        self._forwards = [_Forward(partial(run, block, *args, **kwargs), turns) for args, kwargs in calls]
 
     def __enter__(self) -> PausedForwards:
         self._hooks = ExitStack()

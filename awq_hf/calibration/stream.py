@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from awq_hf.calibration.data import Batch
 from awq_hf.parallel import in_parallel
+from awq_hf.products import run
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -58,21 +59,22 @@ class BlockStream:
     @torch.no_grad()
     def calls(self, index: int) -> list[Call]:
         """The arguments with which the model calls block `index`, one call a batch."""
-        calls = [self._call(index, i, batch) for i, batch in enumerate(self.batches)]
+        calls = [self.call_after(self._put_out(position), index, position) for position in range(len(self.batches))]
         for call, before in zip(calls, self.last or (), strict=self.last is not None):
             _carry_on(call, before)
         self.last = calls
         return calls
 
-    def _call(self, index: int, position: int, batch: Batch) -> Call:
+    def call_after(self, output: Any, index: int, position: int) -> Call:
+        """The arguments with which the model calls block `index` for a batch, when the block before it put out `output`."""
         recorded: list[Call] = []
 
         def record(*args: Any, **kwargs: Any) -> None:
             recorded.append((args, kwargs))
             raise _Stop
 
-        with self._stubbed(index, position), replaced_forward(self.blocks[index], record), suppress(_Stop):
-            self.model(**model_inputs(self.model, batch))
+        with self._stubbed(index, output), replaced_forward(self.blocks[index], record), suppress(_Stop):
+            run(self.model, **model_inputs(self.model, self.batches[position]))
         return recorded[0]
 
     def run(
@@ -87,22 +89,29 @@ class BlockStream:
         self.last = None
 
     @contextmanager
-    def _stubbed(self, count: int, position: int) -> Iterator[None]:
-        """With the first `count` blocks out of the way: they answer with what the last of them put out for this batch."""
+    def _stubbed(self, count: int, output: Any) -> Iterator[None]:
+        """With the first `count` blocks out of the way: they answer with what the last of them put out."""
 
         def stub(*_args: Any, **_kwargs: Any) -> Any:
-            return self.outputs[position]  # type: ignore[index]
+            return output
 
         with ExitStack() as replaced:
             for block in self.blocks[:count]:
                 replaced.enter_context(replaced_forward(block, stub))
             yield
 
+    def _put_out(self, position: int) -> Any:
+        return None if self.outputs is None else self.outputs[position]
+
     @torch.no_grad()
     def result(self, position: int) -> Any:
         """What the model puts out for a batch, when all blocks have run."""
-        with self._stubbed(len(self.blocks), position):
-            return self.model(**model_inputs(self.model, self.batches[position]))
+        return self.result_after(self._put_out(position), position)
+
+    def result_after(self, output: Any, position: int) -> Any:
+        """The same when the last block put out `output`."""
+        with self._stubbed(len(self.blocks), output):
+            return run(self.model, **model_inputs(self.model, self.batches[position]))
 
     def inputs_of(self, module: nn.Module) -> Iterator[Tensor]:
         """What the model hands to a module that it calls once, behind the blocks, the head: [tokens, in] of each batch, without padding.
@@ -124,7 +133,7 @@ class BlockStream:
 
     def advance(self, index: int, calls: Sequence[Call]) -> None:
         """Run block `index` on its calls and keep what it returns."""
-        self.outputs = in_parallel(lambda call: self.blocks[index](*call[0], **call[1]), calls)
+        self.outputs = in_parallel(lambda call: run(self.blocks[index], *call[0], **call[1]), calls)
 
 
 def _carry_on(call: Call, before: Call) -> None:
@@ -164,7 +173,7 @@ def calling_order(
         block.register_forward_hook(lambda _block, _args, output, index=index: ends(index, output)) for index, block in enumerate(blocks)
     ]
     try:
-        result = model(**model_inputs(model, batch))
+        result = run(model, **model_inputs(model, batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -204,7 +213,7 @@ def capture_inputs(
 
     def one(call: Call) -> tuple[dict[str, Any], Any]:
         current.inputs = {}
-        output = block(*call[0], **call[1])
+        output = run(block, *call[0], **call[1])
         return current.inputs, output
 
     with input_hooks(block, names, lambda name, x: current.inputs.__setitem__(name, x), routed):

@@ -40,7 +40,9 @@ def evaluate(
     reference: Annotated[str | None, Of(help="The original model; adds KL divergence and top-1 agreement.")] = None,
     seq_len: Annotated[int | None, Of(help="Tokens in a window; default: 512, or as many as the models take, if that is less.")] = None,
     max_tokens: Annotated[int | None, Of(help="Stop after so many tokens; default: all, with --save 65,536.")] = None,
-    batch_size: Annotated[int, Of(help="Windows that run together; lower it when memory runs out.")] = 8,
+    batch_size: Annotated[
+        int | None, Of(help="Windows that run together; lower it when memory runs out. Default: up to 8, less of a large vocabulary.")
+    ] = None,
     save: Annotated[
         bool, Of("--save", help="Measure all that MODEL, a directory, holds, and plain rounding; write it there as evaluation.json.")
     ] = False,

@@ -226,9 +226,9 @@ def test_a_searched_file_is_nearer_to_the_float_model_than_a_plain_one(
     assert found < min(bound, of_plain)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, tied"])
+@pytest.mark.parametrize("name, chosen", [("llama", {}), ("llama, tied", {"target_bpw": 5.0})])
 def test_a_directory_is_searched_with_its_own_tokenizer_and_a_block_at_a_time(
-    name: str, build: Any, small_config: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, chosen: Any, build: Any, small_config: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = build(name)
     model.save_pretrained(tmp_path / "Some-Model")
@@ -241,14 +241,16 @@ def test_a_directory_is_searched_with_its_own_tokenizer_and_a_block_at_a_time(
         return export(checkpoint, *args, **kwargs)
 
     monkeypatch.setattr("awq_hf.to_gguf.export", keeping)
-    (file,) = to_gguf(tmp_path / "Some-Model", tmp_path, config=config, progress=False).files
-    assert file.name.startswith("Some-Model-") and file.name.endswith("-Q4_K_M.gguf")
+    (file,) = to_gguf(tmp_path / "Some-Model", tmp_path, config=config, progress=False, **chosen).files
     fields = GGUFReader(file).fields
-    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert file.name.startswith("Some-Model-")
+    if not chosen:
+        assert file.name.endswith("-Q4_K_M.gguf")
+        assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
     assert "from float weights" in fields["general.description"].contents()
     left = [name for name, parameter in seen[0].named_parameters() if ".layers." in name and not parameter.is_meta]
     assert left and all("norm" in name or name.endswith("bias") for name in left)
-    (whole,) = to_gguf(model, tmp_path / "whole.gguf", config=config, tokenizer=tokenizer, progress=False).files
+    (whole,) = to_gguf(model, tmp_path / "whole.gguf", config=config, tokenizer=tokenizer, progress=False, **chosen).files
     one, other = tensors(file), tensors(whole)
     assert one.keys() == other.keys() and all(np.array_equal(each.data, other[name].data) for name, each in one.items())
 
