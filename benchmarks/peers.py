@@ -77,7 +77,7 @@ class Bench:
         done.touch()
 
     def stored(self, job: Job) -> dict[str, float]:
-        """Size of the checkpoint, and bits for each of the weights that were quantized."""
+        """Size of the checkpoint, and bits for each of the weights that were quantized; nothing of one that holds them as floats."""
         layers = {
             name.removesuffix(".weight"): w.numel() for name, w in self.original.named_parameters() if ".layers." in name and w.ndim == 2
         }
@@ -87,7 +87,8 @@ class Bench:
                 for name in tensors.keys():  # noqa: SIM118
                     total += (size := tensors.get_tensor(name).nbytes)
                     own += size if name.rpartition(".")[0] in layers else 0
-        return {"bits per weight": 8 * own / sum(layers.values()), "checkpoint MB": total / 1e6}
+        bits = 8 * own / sum(layers.values())
+        return {"bits per weight": bits, "checkpoint MB": total / 1e6} if bits < 16 else {}
 
     def evaluated(self, job: Job, faithful: bool) -> dict[str, Any]:
         dense = job.folder / "dense"

@@ -1,8 +1,8 @@
-"""auto-round: its signed gradient descent, and its AWQ; AWQ's format at 4 bits, its own at others.
+"""auto-round: its signed gradient descent, and its AWQ; AWQ's format at 4 bits, rounded weights as floats (its "fake" format) at others.
 
-transformers loads neither in that environment: for AWQ's format it wants gptqmodel, and of the other it left the quantized weights
-uninitialized. So logits are those of the model that auto-round has in memory before it packs the weights; of other widths than 4, which
-awq-hf does not read either, so are the weights.
+transformers loads neither its AWQ format nor its own in that environment: for the first it wants gptqmodel, and of the other it left the
+quantized weights uninitialized. So logits are those of the model that auto-round has in memory before it packs the weights; of other
+widths than 4, which awq-hf does not read in its own format, so are the weights.
 In saving, tensors that the float model's files hold in float32 are put back from there, over norms that AWQ's scales were folded into.
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
 
     tuning.save_quantized = look_and_save
     with job.measured("auto-round"):
-        _, folder = tuning.quantize_and_save(str(job.folder / "written"), format="auto_awq" if job.bits == 4 else "auto_round")
+        _, folder = tuning.quantize_and_save(str(job.folder / "written"), format="auto_awq" if job.bits == 4 else "fake")
     Path(folder).rename(job.checkpoint)
 
 
