@@ -42,12 +42,18 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
+def _added(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta bias + alpha product; what is in bias does not matter, not even NaN, where beta is 0."""
+    product = product.float().mul_(alpha)
+    return (torch.add(product, bias, alpha=beta) if beta else product).to(bias.dtype)
+
+
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return torch.add(matmul(a, b).mul_(alpha), bias, alpha=beta).to(a.dtype)
+    return _added(bias, matmul(a, b), beta, alpha)
 
 
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return torch.add(_bmm(a, b).float().mul_(alpha), bias, alpha=beta).to(a.dtype)
+    return _added(bias, _bmm(a, b), beta, alpha)
 
 
 def _grouped_mm(x: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:

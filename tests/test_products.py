@@ -89,6 +89,16 @@ def test_no_product_is_computed_in_half_precision(name: str, dtype: torch.dtype)
     torch.testing.assert_close(y.float(), module.float()(x.float()), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_what_a_product_is_added_to_does_not_matter_with_a_factor_of_0(shape: tuple[int, ...]) -> None:
+    """Models hand over memory that nothing was written to."""
+    a, b = torch.randn(*shape, 4, 16).half(), torch.randn(*shape, 16, 5).half()
+    into = torch.full((*shape, 4, 5), torch.nan).half()
+    with _InFloat32():
+        y = (torch.baddbmm if shape else torch.addmm)(into, a, b, beta=0, alpha=0.5)
+    torch.testing.assert_close(y, (0.5 * (a.float() @ b.float())).half())
+
+
 def test_gradients_are_computed_so_as_well() -> None:
     module, x = nn.Linear(16, 8).bfloat16(), torch.randn(6, 16).bfloat16().requires_grad_()
     with NoSlowProducts(), fast_products(module):
