@@ -35,16 +35,21 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return matmul(a, b).to(a.dtype)
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+def _batched(a: Tensor, b: Tensor) -> Tensor:
+    """float32 [batch, m, n]"""
+    y = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float32, device=a.device)
     for i, (left, right) in enumerate(zip(a, b, strict=True)):
         y[i] = matmul(left, right)
     return y
 
 
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    return _batched(a, b).to(a.dtype)
+
+
 def _added(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
     """beta bias + alpha product; what is in bias does not matter, not even NaN, where beta is 0."""
-    product = product.float().mul_(alpha)
+    product.mul_(alpha)
     return (torch.add(product, bias, alpha=beta) if beta else product).to(bias.dtype)
 
 
@@ -53,7 +58,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 
 
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _added(bias, _bmm(a, b), beta, alpha)
+    return _added(bias, _batched(a, b), beta, alpha)
 
 
 def _grouped_mm(x: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
