@@ -17,7 +17,7 @@ from awq_hf.calibration.stats import Moments
 from awq_hf.calibration.stream import Call, capture_inputs
 from awq_hf.expert_block import ExpertsWork, Specs, same_routes, tokens_of
 from awq_hf.folding import BlockProbe, FoldPoint, discover
-from awq_hf.folding.fold import divided_parameters, reading_parameter, representable_scales, weight_of
+from awq_hf.folding.fold import weight_of
 from awq_hf.folding.probe import verify
 from awq_hf.freed import give_back
 from awq_hf.layer import Rounded, judge, round_together
@@ -28,8 +28,9 @@ from awq_hf.products import run
 from awq_hf.recipe import Recipe
 from awq_hf.report import LayerReport, Report
 from awq_hf.residual_errors import ResidualErrors
+from awq_hf.smoothing import Smoothing
 from awq_hf.spec import QuantizedWeight, QuantSpec
-from awq_hf.transforms.awq_scale import Consumer, Loss, ScaleChoice, nearest, search_scales
+from awq_hf.transforms.awq_scale import Consumer, Loss, nearest, search_scales
 from awq_hf.wording import option
 
 LARGE = 1 << 22  # weights of a block: what a smaller one leaves behind costs more time to be given back than it is worth
@@ -65,10 +66,7 @@ class BlockWork:
         self.quantized: dict[str, QuantizedWeight] = {}
         self.layers: dict[str, LayerReport] = {}
         self.groups: list[tuple[str, ...]] = []  # Linears that share an input, in order of execution
-        self.folds: list[FoldPoint] = []
-        self.choices: dict[str, ScaleChoice] = {}  # consumer -> the smoothing that won
-        self.in_scales: dict[str, Tensor] = {}  # consumer -> s of its input channels, [in]
-        self.out_scales: dict[str, Tensor] = {}  # producing Linear -> s that its rows are divided by, [out]
+        self.smoothing = Smoothing(block, self.specs.keys(), self.experts.keys())
         self.float_inputs: dict[str, list[Tensor]] = {}  # a group's first Linear -> x0 of each batch
         self.float_routes: dict[str, list[Tensor]] = {}  # experts -> those of each token, of each batch
         self.residuals = ResidualErrors(batches)
@@ -96,7 +94,7 @@ class BlockWork:
         signature = block_signature(self.block)
         if signature not in known or not verify(probe, known[signature]):
             known[signature] = discover(probe)
-        self.folds = known[signature]
+        self.smoothing.folds = known[signature]
 
     def run_float(self, calls: Sequence[Call]) -> list[Any]:
         """Run the float block on every batch and keep the inputs of its Linears; returns the block's outputs."""
@@ -146,22 +144,19 @@ class BlockWork:
 
     def choose_scales(self) -> None:
         """Search the scales of every fold, and divide the norms by them. Linears take their share when they are rounded."""
-        for fold in self.folds:
-            producer = self.block.get_submodule(fold.producer)
+        for fold in self.smoothing.folds:
             names = [name for name in fold.consumers if name in self.specs]
             consumers = [(self.linears[name].weight.data.to(torch.float32), nearest(self.specs[name])) for name in names]
             consumers += [consumer for name in fold.consumers if name in self.experts for consumer in self.experts[name].consumers()]
             if not consumers:
                 continue
-            channels = len(weight_of(producer))
+            channels = len(weight_of(self.block.get_submodule(fold.producer)))
             assert self.recipe.scale is not None
             with self.report.timed("scale search"):
                 energies, loss_of = self._energies(self._leader(fold.consumers[0])), self._scale_loss(fold)
                 judges = self._judges(fold.consumers)
                 choice = search_scales(consumers, fold.channel_map, channels, *energies, self.recipe.scale, loss_of, judges)
-            self.choices.update(dict.fromkeys(fold.consumers, choice))
-            if choice.alpha > 0:
-                self._absorb(fold, producer, choice.scales)
+            self.smoothing.take(fold, choice)
 
     def _scale_loss(self, _fold: FoldPoint) -> Loss | None:
         """The loss of smoothing scales, where it is not the second-moment loss (an experiment overrides this)."""
@@ -170,22 +165,6 @@ class BlockWork:
     def _judges(self, _names: Sequence[str]) -> list[Consumer] | None:
         """Where specs only resemble how a fold's consumers are stored: (some of their rows, their real rounding)."""
         return None
-
-    def _absorb(self, fold: FoldPoint, producer: nn.Module, scales: Tensor) -> None:
-        stays_float = [name for name in fold.consumers if name not in self.specs and name not in self.experts]
-        if stays_float or (fold.gain == "rows" and fold.producer not in self.specs):
-            scales = torch.exp2(scales.log2().round())  # exact in a weight that keeps its dtype
-        scales = representable_scales(fold, producer, scales)
-        if fold.gain == "rows" and fold.producer in self.specs:
-            self.out_scales[fold.producer] = scales
-        else:
-            for name, value in divided_parameters(fold, producer, scales).items():
-                producer.get_parameter(name).data.copy_(value)
-        for name in fold.consumers:
-            self.in_scales[name] = scales[fold.channel_map]
-        for name in stays_float:
-            reader = self.block.get_submodule(name)
-            reader.get_parameter(reading_parameter(reader)).data.mul_(scales[fold.channel_map])
 
     # Rounding
 
@@ -226,8 +205,7 @@ class BlockWork:
     def _round_experts(self, name: str, reached: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """reached: what the experts really get, (input, experts of each token) of each batch; none where the stream is not followed."""
         tokens = tokens_of(self.batches, self.float_inputs[self._leader(name)], reached, self.float_routes[name])
-        fold = next((fold.producer for fold in self.folds if name in fold.consumers), None)
-        lines = self.experts[name].round(tokens, self.in_scales.get(name), self.choices.get(name), fold)
+        lines = self.experts[name].round(tokens, self.smoothing.in_scales.get(name), self.smoothing.described(name))
         self.layers.update({line.name: line for line in lines})
         self.report.layers += lines
 
@@ -236,7 +214,7 @@ class BlockWork:
 
         lacking: what its output, added to the residual stream, is to make up for in each batch.
         """
-        scales = self.in_scales.get(leader)
+        scales = self.smoothing.in_scales.get(leader)
         if self.recipe.stream == "float":
             train, held = self._float_moments(leader)
             return (train, held) if scales is None else (train.scaled(scales), held.scaled(scales))
@@ -249,14 +227,7 @@ class BlockWork:
 
     def _folded(self, name: str) -> Tensor:
         """The Linear's weight with both of its folds carried out: float32 [out, in]."""
-        return self._with_folds(name, self.linears[name].weight.data.to(torch.float32))
-
-    def _with_folds(self, name: str, weight: Tensor) -> Tensor:
-        if name in self.in_scales:
-            weight = weight * self.in_scales[name]
-        if name in self.out_scales:
-            weight = weight / self.out_scales[name][:, None]
-        return weight
+        return self.smoothing.carried_out(name, self.linears[name].weight.data.to(torch.float32))
 
     def _round(self, names: list[str], spec: QuantSpec, train: Moments, held: Moments) -> None:
         weights = [self._folded(name) for name in names]
@@ -268,21 +239,18 @@ class BlockWork:
     def _store(self, name: str, weight: Tensor, found: Rounded, train: Moments, held: Moments) -> None:
         """Judge what was found for a Linear on the held-out slice, put it in place, and report it. weight: folded, float32 [out, in]."""
         original, spec, linear = self.linears[name].weight.data.to(torch.float32), self.specs[name], self.linears[name]
-        rounded = self._with_folds(name, fake_quantize(original, choose_grid(original, spec)))
+        rounded = self.smoothing.carried_out(name, fake_quantize(original, choose_grid(original, spec)))
         best, plain, loss, energy = judge(found, weight, rounded, train, held, self.recipe)
         self.quantized[name] = to_quantized_weight(best.codes, best.grid)
         linear.weight.data.copy_(best.dequantized())
-        if name in self.out_scales and linear.bias is not None:
-            linear.bias.data.copy_(linear.bias.data.to(torch.float32) / self.out_scales[name])
-        choice, energy = self.choices.get(name), max(energy, 1e-30)
+        self.smoothing.divide_bias(name, linear)
+        energy = max(energy, 1e-30)
         self.layers[name] = LayerReport(
             name=f"{self.name}.{name}",
             shape=(weight.shape[0], weight.shape[1]),
             bits=spec.bits,
             group_size=spec.group_size,
-            fold=next((fold.producer for fold in self.folds if name in fold.consumers), None),
-            alpha=choice.alpha if choice else 0.0,
-            family=choice.family if choice else "not folded",
+            **self.smoothing.described(name),
             clip=best.clip,
             correction=best.correction,
             residual=best.residual,

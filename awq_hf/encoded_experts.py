@@ -102,27 +102,19 @@ class EncodedExperts(ExpertsWork):
         return matrix.folded(plain), matrix.folded(by_importance)
 
     def _lines(
-        self, parameter: str, judged: list[list[JudgedBlocks]], share: Tensor, few: list[int], fold: str | None, alpha: float, family: str
+        self, parameter: str, judged: list[list[JudgedBlocks]], share: Tensor, few: list[int], smoothed: Mapping[str, Any]
     ) -> list[LayerReport]:
-        return [
-            self._line(part, [expert[i] for expert in judged], share, few, (fold, alpha, family))
-            for i, part in enumerate(parts_of(parameter))
-        ]
+        return [self._line(part, [expert[i] for expert in judged], share, few, smoothed) for i, part in enumerate(parts_of(parameter))]
 
-    def _line(
-        self, part: str, judged: list[JudgedBlocks], share: Tensor, few: list[int], smoothing: tuple[str | None, float, str]
-    ) -> EncodedLayer:
+    def _line(self, part: str, judged: list[JudgedBlocks], share: Tensor, few: list[int], smoothed: Mapping[str, Any]) -> EncodedLayer:
         """A line for a matrix of all experts; losses are weighted by the tokens that an expert gets."""
         (_, inner, hidden), down = self.gate_up.shape, part == PARTS[2]
         weighted = lambda of: sum(w * of(each) for w, each in zip(share.tolist(), judged, strict=True))  # noqa: E731
         energy = max(weighted(lambda each: each.energy), 1e-30)
-        fold, alpha, family = smoothing
         return EncodedLayer(
             name=f"{self.name}.{part}",
             shape=(hidden, inner // 2) if down else (inner // 2, hidden),
-            fold=fold,
-            alpha=alpha,
-            family=family,
+            **smoothed,
             clip=1.0,
             correction=sum(each.correction for each in judged) / len(judged),
             rounding=" and ".join(dict.fromkeys(how for each in judged for how in each.rounding)),

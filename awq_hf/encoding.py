@@ -128,7 +128,7 @@ class EncodingWork(BlockWork):
             for name, weight, candidates in zip(names, weights, found, strict=True):
                 original = self.linears[name].weight.data.to(weight.dtype)
                 plain, alone = (
-                    self._with_folds(name, decode(encode(original, kind, by), kind, weight.device)) for by in (None, importance)
+                    self.smoothing.carried_out(name, decode(encode(original, kind, by), kind, weight.device)) for by in (None, importance)
                 )
                 self._keep(name, judge_blocks(candidates, weight, kind, (plain, alone), held), kind, train)
                 self.result.importance[f"{self.name}.{name}"] = importance.cpu()
@@ -138,15 +138,11 @@ class EncodingWork(BlockWork):
         linear, shape = self.linears[name], (best.weight.shape[0], best.weight.shape[1])
         self.result.weights[f"{self.name}.{name}"] = EncodedWeight(best.data, kind.name, shape)
         linear.weight.data.copy_(best.weight)
-        if name in self.out_scales and linear.bias is not None:
-            linear.bias.data.copy_(linear.bias.data.float() / self.out_scales[name])
-        choice = self.choices.get(name)
+        self.smoothing.divide_bias(name, linear)
         self.layers[name] = EncodedLayer(
             name=f"{self.name}.{name}",
             shape=shape,
-            fold=next((fold.producer for fold in self.folds if name in fold.consumers), None),
-            alpha=choice.alpha if choice else 0.0,
-            family=choice.family if choice else "not folded",
+            **self.smoothing.described(name),
             clip=1.0,
             correction=best.correction,
             residual=best.residual,

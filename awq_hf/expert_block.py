@@ -6,7 +6,7 @@ n < k, its moments are n / k of its own and the rest those of all tokens of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -84,12 +84,11 @@ class ExpertsWork:
         rows = self.gate_up.flatten(0, 1)
         return [(rows[:: -(-len(rows) // JUDGED_ROWS)].to(torch.float32), nearest(self.specs[FUSED[0]]))]
 
-    def round(self, tokens: Sequence[Tokens], in_scales: Tensor | None, choice: ScaleChoice | None, fold: str | None) -> list[LayerReport]:
+    def round(self, tokens: Sequence[Tokens], in_scales: Tensor | None, smoothed: Mapping[str, Any]) -> list[LayerReport]:
         """Quantize every expert; the module computes with the result from then on.
 
-        in_scales: s of the input channels, float32 [H]; choice, fold: where it comes from.
+        in_scales: s of the input channels, float32 [H]; smoothed: what the report says of it (`Smoothing.described`).
         """
-        about = (fold, choice.alpha, choice.family) if choice else (fold, 0.0, "not folded")
         alphas: list[float] = []  # of the scales of down's inputs
         statistics = _Statistics(tokens, len(self.gate_up), self.gate_up.shape[2], in_scales)
         judged: dict[str, list[list[Any]]] = {parameter: [] for parameter in FUSED}
@@ -112,8 +111,8 @@ class ExpertsWork:
             for parameter, columns in zip(FUSED, (self.gate_up.shape[2], self.down.shape[2]), strict=True):
                 few[parameter] += [expert] if count < columns else []
         return [
-            *self._lines(FUSED[0], judged[FUSED[0]], statistics.share, few[FUSED[0]], *about),
-            *self._lines(FUSED[1], judged[FUSED[1]], statistics.share, few[FUSED[1]], *self._fold_of_down(alphas)),
+            *self._lines(FUSED[0], judged[FUSED[0]], statistics.share, few[FUSED[0]], smoothed),
+            *self._lines(FUSED[1], judged[FUSED[1]], statistics.share, few[FUSED[1]], self._smoothed_down(alphas)),
         ]
 
     def _down_scales(self, statistics: _Statistics, reached: list[Tensor], gate_up: Tensor, down: Tensor) -> ScaleChoice:
@@ -133,11 +132,11 @@ class ExpertsWork:
         """Where specs only resemble how matrices are stored: (some rows of an expert's down, their real rounding)."""
         return None
 
-    def _fold_of_down(self, alphas: list[float]) -> tuple[str | None, float, str]:
-        """For the report: producer, mean alpha, family."""
+    def _smoothed_down(self, alphas: list[float]) -> Mapping[str, Any]:
+        """`Smoothing.described` of what goes into down, whose scales are each expert's own."""
         if not self.folds_into_up:
-            return None, 0.0, "not folded"
-        return f"{self.inside}.{FUSED[0]}", sum(alphas) / len(alphas), "by expert"
+            return {"fold": None, "alpha": 0.0, "family": "not folded"}
+        return {"fold": f"{self.inside}.{FUSED[0]}", "alpha": sum(alphas) / len(alphas), "family": "by expert"}
 
     def _round(self, parameter: str, expert: int, into: Tensor, matrices: list[Matrix], train: Moments, held: Moments) -> list[Any]:
         """Quantize matrices of an expert that share an input, into its place in `into`; what `_lines` is to know of each."""
@@ -159,7 +158,7 @@ class ExpertsWork:
         return lambda x, quantized: gate(linear(x.to(self.gate_up.dtype), weights[quantized]))
 
     def _lines(
-        self, parameter: str, judged: list[list[Any]], share: Tensor, few: list[int], fold: str | None, alpha: float, family: str
+        self, parameter: str, judged: list[list[Any]], share: Tensor, few: list[int], smoothed: Mapping[str, Any]
     ) -> list[LayerReport]:
         """A line for a matrix of all experts; losses are weighted by the tokens that an expert gets."""
         matrices = [each for expert in judged for each in expert]
@@ -173,9 +172,7 @@ class ExpertsWork:
             shape=(out_features, in_features),
             bits=spec.bits,
             group_size=spec.group_size,
-            fold=fold,
-            alpha=alpha,
-            family=family,
+            **smoothed,
             clip=mean(lambda each: each.best.clip),
             correction=mean(lambda each: each.best.correction),
             rounding=self.recipe.rounding,

@@ -50,8 +50,9 @@ ALLOWED = {
     "layer": "spec affine representable calibration transforms rounding recipe",
     "expert_block": "spec affine layer linear experts calibration products transforms recipe report",
     "residual_errors": "calibration folding",
-    "block": "spec affine parallel products experts expert_block freed matrices layer linear blocks calibration folding transforms recipe "
-    "report residual_errors",
+    "smoothing": "folding transforms",
+    "block": "smoothing spec affine parallel products experts expert_block freed matrices layer linear blocks calibration folding "
+    "transforms recipe report residual_errors",
     "pipeline": "unfinished machine spec affine parallel freed blocks calibration folding transforms rounding recipe preflight report "
     "block resume streaming untouched",
     "untouched": "matrices",
