@@ -22,6 +22,7 @@ from awq_hf.block import BlockWork
 from awq_hf.calibration.stream import Call
 from awq_hf.linear import pack_weight, unpack_weight
 from awq_hf.parallel import in_parallel
+from awq_hf.products import run
 from awq_hf.report import LayerReport, Report
 
 RUN = "run.json"
@@ -113,7 +114,7 @@ def digest_of(block: nn.Module) -> str:
 @torch.no_grad()
 def run_again(work: BlockWork, calls: Sequence[Call]) -> list[Any]:
     """What a restored block puts out: its Linears hold the dequantized weights."""
-    return in_parallel(lambda call: work.block(*call[0], **call[1]), calls)
+    return in_parallel(lambda call: run(work.block, *call[0], **call[1]), calls)
 
 
 def _state(work: BlockWork) -> dict[str, Tensor]:

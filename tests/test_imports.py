@@ -57,7 +57,7 @@ ALLOWED = {
     "block resume streaming untouched",
     "untouched": "matrices",
     "streaming": "blocks renaming compat",
-    "resume": "affine block calibration linear parallel report",
+    "resume": "affine block calibration linear parallel products report",
     "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
     "encoded_layer encoded_experts encoded_ends streaming",
     "encoded_layer": "spec affine calibration exporters layer recipe report rounding transforms",

@@ -103,8 +103,10 @@ def test_with_the_flag_it_runs_and_comes_along(run: Run, own: Path, demo_dir: Pa
         torch.testing.assert_close(model(prompt).logits.float(), dense(prompt).logits.float(), rtol=0.1, atol=0.1)
     assert type(AutoTokenizer.from_pretrained(out, trust_remote_code=True)).__name__ == "OwnTokenizer"
     card = make_card(out)["README.md"].decode()
-    assert card.count("trust_remote_code=True)") == 2 and "vllm serve out --trust-remote-code" in card
-    assert "--recipe recipe.yaml OUT --trust-remote-code" in card.replace(f"# Repeat{card.partition('# Repeat')[2]}", "")
+    loads = [line for line in card.splitlines() if "from_pretrained(" in line or ".load(" in line]
+    assert len(loads) == 6 and all("trust_remote_code=True)" in line for line in loads)  # of model and tokenizer, in each folder
+    assert "vllm serve out --trust-remote-code" in card
+    assert "--recipe recipe.yaml MODEL OUT --trust-remote-code" in card.replace(f"# Repeat{card.partition('# Repeat')[2]}", "")
     for words in (["eval", out, "--reference", own, "--text", text], ["inspect", own], ["inspect", out]):
         assert run(*words, "--trust-remote-code").status == 0
 
