@@ -40,7 +40,7 @@ def main() -> None:
     quiet()
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
-        rows = [row for shape in SHAPES for dtype in cpu.CROSSOVER for row in _rows(*shape, dtype, options.repeats)]
+        rows = [row for shape in SHAPES for dtype in cpu.DTYPES for row in _rows(*shape, dtype, options.repeats)]
     instructions = torch.backends.cpu.get_cpu_capability()
     title = (
         f"speed of y = x W^T, 4 bits in groups of {GROUP}, as a multiple of the float Linear's, {options.threads} threads, {instructions}"
@@ -76,12 +76,12 @@ def _call(module: Any, packed: list[Any], crossover: int | None) -> Call:
     """crossover: tokens up to which the kernel is used, or None for the module's own."""
 
     def call(x: Tensor, i: int) -> Tensor:
-        own = module.CROSSOVER
-        module.CROSSOVER = own if crossover is None else dict.fromkeys(own, crossover)
+        own = module.crossover
+        module.crossover = own if crossover is None else lambda _dtype: crossover
         try:
             return module.linear(x, *packed[i])
         finally:
-            module.CROSSOVER = own
+            module.crossover = own
 
     return call
 

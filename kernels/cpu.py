@@ -27,8 +27,14 @@ GROUPS = (256, 128, 64, 32)  # columns that torch's kernel can have to a scale
 COLUMNS = GROUPS[-1]  # a row is padded to a multiple of this
 ROWS = 64  # W is padded to a multiple of this: torch's blocks of rows are then whole
 CHUNK = 1 << 19  # weights dequantized at a time: a few MB, near the caches
-# Tokens up to which torch's kernel is used: the crossover of the two paths, 4096 x 4096, 2 threads with AVX-512 and bfloat16 instructions.
-CROSSOVER = {torch.bfloat16: 128, torch.float32: 192, torch.float16: 192}
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# Tokens up to which torch's kernel is used: the crossover of the two paths, 4096 x 4096, 2 threads. With AVX-512 and bfloat16 instructions;
+# with AVX2, and where nothing was measured.
+CROSSOVER = {"AVX512": {torch.bfloat16: 128, torch.float32: 192, torch.float16: 192}, "AVX2": dict.fromkeys(DTYPES, 96)}
+
+
+def crossover(dtype: torch.dtype) -> int:
+    return CROSSOVER.get(torch.backends.cpu.get_cpu_capability(), CROSSOVER["AVX2"])[dtype]
 
 
 class CpuWeight(NamedTuple):
@@ -82,7 +88,7 @@ def unsupported(problem: Problem) -> str | None:
         return f"the kernel runs on a CPU, not on {p.device}"
     if p.bits != 4:
         return f"the kernel reads 4 bits, not {p.bits}"
-    if p.dtype not in CROSSOVER:
+    if p.dtype not in DTYPES:
         return f"the kernel takes float32, bfloat16 and float16, not {str(p.dtype).removeprefix('torch.')}"
     return None
 
@@ -104,7 +110,7 @@ def caution(problem: Problem) -> str | None:
         return None
     name = str(problem.dtype).removeprefix("torch.")
     return (
-        f"the model is {name}, but up to {CROSSOVER[problem.dtype]} tokens at a time are multiplied in bfloat16, which changes outputs by "
+        f"the model is {name}, but up to {crossover(problem.dtype)} tokens at a time are multiplied in bfloat16, which changes outputs by "
         f"0.3 %; AWQ_HF_NATIVE=1 compiles a kernel that computes in float32, AWQ_HF_KERNEL=reference is exact and slow"
     )
 
@@ -154,10 +160,10 @@ def linear(x: Tensor, words: Tensor, steps: Tensor, scales: Tensor, zeros: Tenso
     """y = x W^T + bias for a problem that `supports` accepts.
 
     x: [tokens, in], float32, bfloat16 or float16; words, steps, scales, zeros: as in `CpuWeight`; bias: [out], any float dtype.
-    Returns [tokens, out] in x's dtype. The same bits every run; up to CROSSOVER tokens also whatever the number of threads.
+    Returns [tokens, out] in x's dtype. The same bits every run; up to `crossover` tokens also whatever the number of threads.
     """
     x = torch.nn.functional.pad(x, (0, words.shape[1] * 2 - x.shape[1])) if x.shape[1] % COLUMNS else x
-    if x.shape[0] <= CROSSOVER[x.dtype]:
+    if x.shape[0] <= crossover(x.dtype):
         group = words.shape[1] * 2 // steps.shape[0]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16).contiguous(), words, group, steps)
         if y.shape[1] != scales.shape[0]:  # a new tensor: one row of a padded one passes for contiguous

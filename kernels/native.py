@@ -1,4 +1,4 @@
-"""y = x W^T on x86 with AVX-512, in C++ (native.cpp): faster than `cpu`, and exact where that is not.
+"""y = x W^T on x86 with AVX-512 or AVX2, in C++ (native.cpp): faster than `cpu`, and exact where that is not.
 
 Built only on request, by AWQ_HF_NATIVE=1: compiling takes 10 to 30 seconds, which nobody should meet unasked. torch.utils.cpp_extension
 compiles, so a C++ compiler and ninja are needed; the library then stays in torch's folder of extensions, named by all it was made
@@ -31,12 +31,18 @@ from .products import computed_in
 VARIABLE = "AWQ_HF_NATIVE"
 SOURCE = Path(__file__).with_name("native.cpp")
 OPENMP = "-fopenmp"  # without it at::parallel_for is a plain loop
-FLAGS = ("-O3", OPENMP, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma")  # not -march=native: homes are shared between machines
+# Not -march=native: homes are shared between machines. By torch's name of what a CPU has.
+INSTRUCTIONS = {"AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl"), "AVX2": ("-mavx2",)}
+FLAGS = ("-O3", OPENMP, "-mf16c", "-mfma")
 CHUNK = 1 << 20  # weights dequantized at a time: 2 or 4 MB, about the caches
-# Tokens up to which the kernel is used, and above which dequantizing and torch's matmul are faster; 4096 x 4096, AVX-512 with bfloat16.
-CROSSOVER = {torch.bfloat16: 32, torch.float32: 128, torch.float16: 128}
+# Tokens up to which the kernel is used, and above which dequantizing and torch's matmul are faster; as in `cpu`.
+CROSSOVER = {"AVX512": {torch.bfloat16: 32, torch.float32: 128, torch.float16: 128}, "AVX2": dict.fromkeys(cpu.DTYPES, 56)}
 
 logger = logging.getLogger(__name__)
+
+
+def crossover(dtype: torch.dtype) -> int:
+    return CROSSOVER[torch.backends.cpu.get_cpu_capability()][dtype]
 
 
 class NativeWeight(NamedTuple):
@@ -74,8 +80,8 @@ def missing() -> str | None:
     """Why there is no kernel in this process, or None when it is loaded. The first call builds it if it was asked for and is not there."""
     if os.environ.get(VARIABLE, "0") in ("", "0"):
         return f"the kernel is compiled on request only: set {VARIABLE}=1"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "the kernel needs a CPU with AVX-512"
+    if torch.backends.cpu.get_cpu_capability() not in INSTRUCTIONS:
+        return "the kernel needs a CPU with AVX-512 or AVX2"
     try:
         library = _library()
         if library.exists():
@@ -90,8 +96,9 @@ def missing() -> str | None:
 
 
 def _flags() -> list[str]:
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return [*FLAGS, *(["-mavx512bf16"] if has_bf16 else [])]
+    instructions = torch.backends.cpu.get_cpu_capability()
+    has_bf16 = instructions == "AVX512" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return [*FLAGS, *INSTRUCTIONS[instructions], *(["-mavx512bf16"] if has_bf16 else [])]
 
 
 def _library() -> Path:
@@ -128,9 +135,9 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor
     """y = x W^T + bias for a problem that `supports` accepts.
 
     x: [tokens, in], float32, bfloat16 or float16; words, scales, zeros: as in `NativeWeight`; bias: [out], any float dtype.
-    Returns [tokens, out] in x's dtype. The same bits every run; up to CROSSOVER tokens also whatever the number of threads and tokens.
+    Returns [tokens, out] in x's dtype. The same bits every run; up to `crossover` tokens also whatever the number of threads and tokens.
     """
-    if x.shape[0] <= CROSSOVER[x.dtype]:
+    if x.shape[0] <= crossover(x.dtype):
         y: Tensor = torch.ops.awq_hf_native.linear(x.contiguous(), words, scales, zeros, None if bias is None else bias.float())
         return y
     (rows, columns), padded = (words.shape[0], x.shape[1]), words.shape[1] * 8

@@ -33,8 +33,8 @@ SHAPES = [(64, 128, 128), (70, 96, 32), (1, 192, 64), (130, 512, 256), (8, 100, 
 @pytest.fixture
 def with_native(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[None]:
     """The C++ kernel, compiled when its source is new and kept in pytest's cache."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not (shutil.which("c++") and shutil.which("ninja")):
-        pytest.skip("needs AVX-512, a C++ compiler and ninja")
+    if torch.backends.cpu.get_cpu_capability() not in native.INSTRUCTIONS or not (shutil.which("c++") and shutil.which("ninja")):
+        pytest.skip("needs AVX-512 or AVX2, a C++ compiler and ninja")
     assert pytestconfig.cache is not None
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(pytestconfig.cache.mkdir("native")))
     monkeypatch.setenv(native.VARIABLE, "1")
@@ -79,7 +79,7 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
 def test_exact_numbers_come_out_exactly(path: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, k, width = shape
     weight = random_weight(*shape, exact=True)
-    tensors, crossover = packed(path, weight), path.CROSSOVER[dtype]
+    tensors, crossover = packed(path, weight), path.crossover(dtype)
     for m in (0, 1, 2, 5, 8, 9, crossover, crossover + 1):
         assert path.supports(Problem(m=m, n=n, k=k, groups=k // width, dtype=dtype, device="cpu")) is None
         generator = torch.Generator().manual_seed(m)
@@ -98,7 +98,7 @@ BOUNDS: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     ("cpu", torch.float32): (4e-3, 1e-6),
     ("cpu", torch.bfloat16): (4e-3, 3e-3),
     ("cpu", torch.float16): (4e-3, 3e-4),
-    ("native", torch.float32): (1e-6, 1e-6),
+    ("native", torch.float32): (9e-7, 1e-6),
     ("native", torch.bfloat16): (3e-3, 3e-3),
     ("native", torch.float16): (3e-4, 3e-4),
 }
@@ -108,7 +108,7 @@ BOUNDS: dict[tuple[str, torch.dtype], tuple[float, float]] = {
 def test_precision(path: Any, dtype: torch.dtype) -> None:
     weight = random_weight(256, 1024, 128)
     tensors = packed(path, weight)
-    for m, bound in zip((path.CROSSOVER[dtype], path.CROSSOVER[dtype] + 1), BOUNDS[path.__name__.split(".")[-1], dtype], strict=True):
+    for m, bound in zip((path.crossover(dtype), path.crossover(dtype) + 1), BOUNDS[path.__name__.split(".")[-1], dtype], strict=True):
         x = torch.randn(m, 1024, generator=torch.Generator().manual_seed(m)).to(dtype)
         error = relative_error(path.linear(x, *tensors), x.double() @ dense(*weight).T)
         assert bound / 10 < error < bound, f"{error:.2e}"
@@ -118,7 +118,7 @@ def test_precision(path: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantized_weights_are_rounded_once(path: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     weight = random_weight(*shape)
-    tokens = max(shape[1], path.CROSSOVER[dtype] + 1)
+    tokens = max(shape[1], path.crossover(dtype) + 1)
     y = path.linear(torch.eye(tokens, shape[1], dtype=dtype), *packed(path, weight))
     assert torch.equal(y[: shape[1]].T, dense(*weight).to(dtype))
 
@@ -136,7 +136,7 @@ def test_weights_that_the_cpp_kernel_multiplies_are_rounded_once(with_native: No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_whatever_the_number_of_threads(path: Any, dtype: torch.dtype) -> None:
     tensors, threads = packed(path, random_weight(640, 1024, 128)), torch.get_num_threads()
-    for m in (1, 6, path.CROSSOVER[dtype]):
+    for m in (1, 6, path.crossover(dtype)):
         x = torch.randn(m, 1024, generator=torch.Generator().manual_seed(m)).to(dtype)
         try:
             results = []
@@ -249,10 +249,10 @@ def test_nothing_is_compiled_unasked(fresh: pytest.MonkeyPatch, tmp_path: Path, 
     assert not any(tmp_path.iterdir())
 
 
-def test_without_avx512_nothing_is_compiled(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_for_other_cpus_nothing_is_compiled(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv(native.VARIABLE, "1")
-    fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert "AVX-512" in str(native.supports(PROBLEM))
+    fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert "AVX-512 or AVX2" in str(native.supports(PROBLEM))
     assert not any(tmp_path.iterdir())
 
 
