@@ -36,7 +36,10 @@ INSTRUCTIONS = {"AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl"), "AVX2": ("-
 FLAGS = ("-O3", OPENMP, "-mf16c", "-mfma")
 CHUNK = 1 << 20  # weights dequantized at a time: 2 or 4 MB, about the caches
 # Tokens up to which the kernel is used, and above which dequantizing and torch's matmul are faster; as in `cpu`.
-CROSSOVER = {"AVX512": {torch.bfloat16: 32, torch.float32: 128, torch.float16: 128}, "AVX2": dict.fromkeys(cpu.DTYPES, 56)}
+CROSSOVER = {
+    "AVX512": {torch.bfloat16: 32, torch.float32: 128, torch.float16: 128},
+    "AVX2": {torch.bfloat16: 56, torch.float32: 80, torch.float16: 80},
+}
 
 logger = logging.getLogger(__name__)
 
