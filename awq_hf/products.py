@@ -78,8 +78,9 @@ PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     aten.bmm.default: _bmm,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _baddbmm,
-    aten._grouped_mm.default: _grouped_mm,
 }
+if hasattr(aten, "_grouped_mm"):  # not in torch 2.6
+    PRODUCTS[aten._grouped_mm.default] = _grouped_mm
 
 
 def fast_products(module: nn.Module) -> AbstractContextManager[Any]:

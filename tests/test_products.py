@@ -79,7 +79,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "experts" or hasattr(torch, "_grouped_mm")])
 def test_no_product_is_computed_in_half_precision(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     module, x = MODULES[name]().to(dtype), torch.randn(2, 6, 16).to(dtype)
