@@ -16,19 +16,17 @@ from awq_hf.calibration.data import Batch
 from awq_hf.calibration.stats import Moments
 from awq_hf.encoded_layer import Encoded, EncodedLayer, JudgedBlocks, decode, encode, encode_together, judge_blocks, judge_of, kind_of
 from awq_hf.expert_block import ExpertsWork, Matrix
-from awq_hf.experts import FUSED
+from awq_hf.experts import FUSED, PARTS
 from awq_hf.parallel import in_parallel
 from awq_hf.products import linear
 from awq_hf.report import LayerReport
 from awq_hf.spec import EncodedWeight
 from awq_hf.transforms.awq_scale import Consumer
 
-PARTS = ("gate_proj", "up_proj", "down_proj")  # what is behind the module's name, where a matrix of its experts is meant
 
-
-def parts_of(parameter: str) -> tuple[str, ...]:
-    """Those of PARTS that a fused parameter holds, in its order."""
-    return PARTS[:2] if parameter == FUSED[0] else PARTS[2:]
+def parts_of(parameter: str) -> list[str]:
+    """Those of experts.PARTS that a fused parameter holds, in its order."""
+    return [part for part, (fused, _) in PARTS.items() if fused == parameter]
 
 
 class EncodedExperts(ExpertsWork):
@@ -68,7 +66,7 @@ class EncodedExperts(ExpertsWork):
         return [judge_of(rows.flatten(0, 1), self.types[part]) for part, rows in zip(PARTS, halves, strict=False)]
 
     def _judges_of_down(self, down: Tensor) -> list[Consumer]:
-        return [judge_of(down, self.types[PARTS[2]])]
+        return [judge_of(down, self.types[parts_of(FUSED[1])[0]])]
 
     # Rounding
 
@@ -108,7 +106,7 @@ class EncodedExperts(ExpertsWork):
 
     def _line(self, part: str, judged: list[JudgedBlocks], share: Tensor, few: list[int], smoothed: Mapping[str, Any]) -> EncodedLayer:
         """A line for a matrix of all experts; losses are weighted by the tokens that an expert gets."""
-        (_, inner, hidden), down = self.gate_up.shape, part == PARTS[2]
+        (_, inner, hidden), down = self.gate_up.shape, PARTS[part][0] == FUSED[1]
         weighted = lambda of: sum(w * of(each) for w, each in zip(share.tolist(), judged, strict=True))  # noqa: E731
         energy = max(weighted(lambda each: each.energy), 1e-30)
         return EncodedLayer(

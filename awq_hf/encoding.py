@@ -19,10 +19,10 @@ from awq_hf.calibration.data import Windows
 from awq_hf.calibration.stats import Moments
 from awq_hf.calibration.stream import Call
 from awq_hf.encoded_ends import encode_ends
-from awq_hf.encoded_experts import PARTS, EncodedExperts
+from awq_hf.encoded_experts import EncodedExperts, parts_of
 from awq_hf.encoded_layer import PROXIES, PROXY, Encoded, EncodedLayer, decode, encode, encode_together, judge_blocks, judge_of, kind_of
 from awq_hf.expert_block import Specs
-from awq_hf.experts import FUSED
+from awq_hf.experts import FUSED, PARTS
 from awq_hf.exporters.gguf.ggml import row_bytes
 from awq_hf.matrices import as_kind, shape_of
 from awq_hf.pipeline import BlockLoop, Progress
@@ -44,9 +44,9 @@ def encode_model(
     """Encode matrices of the model: Linears and experts of its decoder blocks, its embedding and its head. The model is left smoothed, with
     the decoded weights in their places.
 
-    kinds: full name -> its type; of experts, the name of their module with each of PARTS behind it. source: where the blocks' weights are,
-    if they are not in memory; what is encoded of those is let go of then, block by block. Raises ValueError before any work where a row
-    does not divide into blocks.
+    kinds: full name -> its type; of experts, the name of their module with each of experts.PARTS behind it. source: where the blocks'
+    weights are, if they are not in memory; what is encoded of those is let go of then, block by block. Raises ValueError before any work
+    where a row does not divide into blocks.
     """
     plan = _plan(model, kinds)
     result, source = Encoded(), source or InMemory()
@@ -69,8 +69,8 @@ def _plan(model: nn.Module, kinds: Mapping[str, Type]) -> Plan:
     for name, kind in kinds.items():
         module, _, part = name.rpartition(".")
         if name not in modules:
-            _check_width(name, modules[module].get_parameter(FUSED[part == PARTS[2]]).shape[2], kind)
-            gate, down = (PROXIES.get(kinds[f"{module}.{of}"], PROXY) for of in PARTS[::2])
+            _check_width(name, modules[module].get_parameter(PARTS[part][0]).shape[2], kind)
+            gate, down = (PROXIES.get(kinds[f"{module}.{of}"], PROXY) for of in (parts_of(parameter)[0] for parameter in FUSED))
             experts[module] = gate, down
         else:
             _check_width(name, _width(modules[name]), kind)

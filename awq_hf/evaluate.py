@@ -181,7 +181,7 @@ def _windows_at_once(model: Any, seq_len: int) -> int:
 def _evaluate(name: str, model: Model, reference: Model | None, windows: Windows, batch_size: int | None, progress: Any) -> Evaluation:
     batch_size = batch_size or _windows_at_once(_module(model), windows.input_ids.shape[1])
     batches = windows.batches(batch_size, hold_out=False)
-    sums: list[Tensor] = []  # [figures, windows of the batch], see _compare
+    sums: list[Tensor] = []  # [figures, windows of the batch], see figures.compare
     divergences: list[Tensor] = []  # [positions of the batch]
     with _in_evaluation_mode(*(_module(each) for each in (model, reference) if each is not None)):
         for each, called in ((reference, REFERENCE), (model, name)):

@@ -22,6 +22,8 @@ from awq_hf.linear import PackedModule, pack_weight
 from awq_hf.spec import QuantizedWeight, QuantSpec
 
 FUSED = ("gate_up_proj", "down_proj")  # the parameters of transformers' experts; ours are modules of these names
+# What is behind the name of a module of experts, where a matrix of each is meant -> the parameter, and which of its halves [2, out] it is.
+PARTS: dict[str, tuple[str, int | None]] = {"gate_proj": (FUSED[0], 0), "up_proj": (FUSED[0], 1), "down_proj": (FUSED[1], None)}
 TOLERANCE = 1e-5
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # tokens sorted by expert, their offsets -> each times its expert's matrix

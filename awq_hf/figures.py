@@ -85,11 +85,11 @@ def perplexity(loss: Tensor, predictions: Tensor) -> float:
 def mean(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
     """Mean of values and its standard error, from their sums in every window and how many they are (see the module)."""
     sums, counts = sums[counts > 0], counts[counts > 0]
-    mean, windows = sums.sum() / counts.sum(), len(sums)
+    average, windows = sums.sum() / counts.sum(), len(sums)
     if windows < 2:
-        return float(mean), None
-    residuals = sums - mean * counts
-    return float(mean), float((windows / (windows - 1) * residuals.square().sum()).sqrt() / counts.sum())
+        return float(average), None
+    residuals = sums - average * counts
+    return float(average), float((windows / (windows - 1) * residuals.square().sum()).sqrt() / counts.sum())
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Batch, Windows
 from awq_hf.calibration.stream import BlockStream, replaced_forward
-from awq_hf.experts import FUSED, holds_experts
+from awq_hf.experts import FUSED, PARTS, holds_experts
 from awq_hf.matrices import shape_of
 from awq_hf.products import fast_products
 from awq_hf.streaming import InMemory
@@ -28,9 +28,6 @@ Progress = Callable[..., Any]  # tqdm or a look-alike
 
 WINDOWS = 2  # that run at once
 SEED = 0  # of the labels
-
-# What is behind the name of a module of experts -> the parameter, and which of its halves [2, out] it is, if it has any.
-PARTS: dict[str, tuple[str, int | None]] = {"gate_proj": (FUSED[0], 0), "up_proj": (FUSED[0], 1), "down_proj": (FUSED[1], None)}
 
 
 def part_of(name: str) -> tuple[str, int | None]:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from awq_hf.blocks import find_blocks
 from awq_hf.calibration.data import Windows
-from awq_hf.experts import holds_experts
+from awq_hf.experts import PARTS, holds_experts
 from awq_hf.exporters.gguf.ggml import quantize
-from awq_hf.fisher import PARTS, Progress, Sums, half_of, measure_gradients, part_of
+from awq_hf.fisher import Progress, Sums, half_of, measure_gradients, part_of
 from awq_hf.matrices import as_linear, is_matrix, shape_of
 from awq_hf.streaming import InMemory
 

@@ -22,10 +22,10 @@ from awq_hf.blocks import experts_of, find_blocks, matrices_of
 from awq_hf.calibration.data import Windows
 from awq_hf.classes import class_of, positions_of
 from awq_hf.config import AwqConfig
-from awq_hf.encoded_experts import PARTS, parts_of
+from awq_hf.encoded_experts import parts_of
 from awq_hf.encoded_layer import Encoded
 from awq_hf.encoding import encode_model
-from awq_hf.experts import reason_against
+from awq_hf.experts import PARTS, reason_against
 from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
 from awq_hf.exporters.gguf.budget import choose
 from awq_hf.exporters.gguf.encode import n_bytes

@@ -52,6 +52,22 @@ def usual_kernels() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the blocks that were loaded from their files, in that order."""
+    from awq_hf.streaming import InFiles
+
+    found: list[int] = []
+    load = InFiles.load
+
+    def noted(self: InFiles, index: int) -> None:
+        found.append(index)
+        load(self, index)
+
+    monkeypatch.setattr(InFiles, "load", noted)
+    return found
+
+
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Any]:
     """random_model(config, dtype, auto class): its weights, norms and biases are all random: norms at 1 and biases at 0 hide errors."""

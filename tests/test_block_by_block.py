@@ -44,16 +44,8 @@ def test_logits_are_those_of_the_whole_model_and_no_block_stays(llama_dir: Path,
         assert torch.equal(by_block.logits(position, batch), logits_of(whole, batch))
 
 
-def test_the_same_batches_run_once(llama_dir: Path, batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_batches_run_once(llama_dir: Path, batches: list[Batch], loaded: list[int]) -> None:
     by_block = BlockByBlock(*load_float(LlamaForCausalLM, llama_dir))
-    loaded: list[int] = []
-    load = InFiles.load
-
-    def counted(self: InFiles, index: int) -> None:
-        loaded.append(index)
-        load(self, index)
-
-    monkeypatch.setattr(InFiles, "load", counted)
     by_block.run(batches, "the model")
     assert loaded == [0, 1, 0, 1]  # the first batch through all of it, then all batches
     by_block.run(list(batches), "the model")

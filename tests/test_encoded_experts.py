@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from awq_hf.calibration.data import Windows, load_windows
-from awq_hf.encoded_experts import PARTS
 from awq_hf.encoded_layer import Encoded, EncodedLayer, decode, encode
 from awq_hf.encoding import encode_model
+from awq_hf.experts import PARTS
 from awq_hf.recipe import Recipe
 
 EXPERTS = 4

@@ -101,18 +101,10 @@ def test_one_block_is_in_memory_at_a_time(
 
 
 def test_blocks_below_the_first_that_is_asked_for_stay_where_they_are(
-    tiny_llama: Callable[..., Any], windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Callable[..., Any], windows: Windows, tmp_path: Path, loaded: list[int]
 ) -> None:
     tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path)
     model, source = load_float(AutoModelForCausalLM, tmp_path)
-    loaded: list[int] = []
-    load = InFiles.load
-
-    def noted(self: InFiles, index: int) -> None:
-        loaded.append(index)
-        load(self, index)
-
-    monkeypatch.setattr(InFiles, "load", noted)
     name = "model.layers.1.mlp.up_proj"
     head, last, asked = measure_gradients(model, windows, {name: model.get_submodule(name)}, source)
     assert (head, last, list(asked), loaded) == ({}, {}, [name], [0, 1, 2, 2, 1])

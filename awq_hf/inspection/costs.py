@@ -2,7 +2,7 @@
 
 Letters: T calibration tokens, of which 1 / HELD_OUT are held out; e bytes of an activation; and for Linears that share an input
 k input channels and R output channels together. Both are estimates: where they were compared with runs, memory was good to within a
-factor of two, and a run took up to two and a half times the time that was counted.
+factor of two, and a run took up to three times the time that was counted.
 """
 
 from __future__ import annotations
