@@ -19,8 +19,8 @@ from awq_hf.beside import load_beside, places_beside
 from awq_hf.classes import check_code, class_for
 from awq_hf.compat import check_is_model, check_not_split, gguf_file_of, progress_bar
 from awq_hf.config import AwqConfig
-from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.hub_errors import downloading
+from awq_hf.exporters.opening import open_checkpoint
 from awq_hf.exporters.table import GGUF, exporter
 from awq_hf.hf_quantizer import AwqHfQuantizer
 from awq_hf.output import check_output, whole

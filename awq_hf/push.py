@@ -11,7 +11,8 @@ from typing import Any
 
 from awq_hf.api import save
 from awq_hf.base_model import quantized_from
-from awq_hf.exporters.hub import CARD, MakeCard, PushResult, check_not_original, find_repository, push_directory
+from awq_hf.exporters.hub import CARD, MakeCard, PushResult, push_directory
+from awq_hf.exporters.hub_repository import check_not_original, find_repository
 from awq_hf.wording import option
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from awq_hf import compat, renaming
 from awq_hf.classes import empty_model, positions_of, read_config
 from awq_hf.config import AwqConfig
-from awq_hf.exporters.checkpoint import Checkpoint, Entry, open_checkpoint
+from awq_hf.exporters.checkpoint import Checkpoint, Entry
 from awq_hf.exporters.dense import DTYPES
 from awq_hf.exporters.gptq import check_shape
+from awq_hf.exporters.opening import open_checkpoint
 from awq_hf.exporters.refusals import transposed
 from awq_hf.exporters.table import GGUF, TARGETS
 from awq_hf.matrices import shape_of

@@ -26,13 +26,14 @@ from awq_hf.encoded_experts import parts_of
 from awq_hf.encoded_layer import Encoded
 from awq_hf.encoding import encode_model
 from awq_hf.experts import PARTS, reason_against
-from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
+from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.exporters.gguf.budget import choose
 from awq_hf.exporters.gguf.encode import n_bytes
 from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from awq_hf.exporters.gguf.names import Plan
 from awq_hf.exporters.gguf.types import AUTO, FLOATS, UNSEARCHED, check_name
 from awq_hf.exporters.gguf.writer import export, plan_tensors, plan_types, prepare
+from awq_hf.exporters.opening import open_checkpoint
 from awq_hf.hf_quantizer import calibration_windows
 from awq_hf.pipeline import Progress
 from awq_hf.report import Report

@@ -21,7 +21,8 @@ from torch import Tensor
 from awq_hf.compat import progress_bar
 from awq_hf.config import AwqConfig
 from awq_hf.exporters import awq, compressed_tensors, gptq
-from awq_hf.exporters.checkpoint import Checkpoint, directory_of, open_files
+from awq_hf.exporters.checkpoint import Checkpoint
+from awq_hf.exporters.opening import directory_of, open_files
 from awq_hf.kernels.layout import words_per_row
 from awq_hf.spec import BITS, QuantizedWeight, QuantSpec
 from awq_hf.stored import Packed

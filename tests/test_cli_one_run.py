@@ -68,7 +68,7 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr("awq_hf.push_to_hub", push_to_hub)
     monkeypatch.setattr("awq_hf.model_cards.card.write_card", write_card)
-    monkeypatch.setattr("awq_hf.exporters.hub.find_repository", find_repository)
+    monkeypatch.setattr("awq_hf.exporters.hub_repository.find_repository", find_repository)
     return calls
 
 
@@ -213,7 +213,7 @@ def test_a_repository_that_cannot_be_pushed_to(
     def find_repository(_repo: str, **_options: Any) -> None:
         raise PermissionError("the token only reads; make one that writes")
 
-    monkeypatch.setattr("awq_hf.exporters.hub.find_repository", find_repository)
+    monkeypatch.setattr("awq_hf.exporters.hub_repository.find_repository", find_repository)
     assert run("quantize", model, tmp_path / "out", *PLAIN, "--push", "me/model").refused("the token only reads")
 
 

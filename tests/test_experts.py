@@ -21,7 +21,7 @@ import awq_hf
 from awq_hf import QuantizedWeight, QuantSpec, experts
 from awq_hf.affine import dequantize_weight
 from awq_hf.experts import AwqExperts, ExpertWeights, reason_against
-from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.opening import open_checkpoint
 from awq_hf.inspection.contents import read_contents
 from awq_hf.inspection.source import open_source
 from awq_hf.linear import pack_weight

@@ -89,7 +89,7 @@ class OneRun:
     def check(self) -> None:
         """Everything that can be refused, before the work."""
         from awq_hf.api import check_model
-        from awq_hf.exporters.hub import check_not_original, find_repository
+        from awq_hf.exporters.hub_repository import check_not_original, find_repository
         from awq_hf.model_cards.facts import check_hub_id
         from awq_hf.model_cards.licence import check_licence
         from awq_hf.output import check_output

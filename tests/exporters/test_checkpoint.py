@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import awq_hf
 from awq_hf import QuantizedWeight, QuantSpec
 from awq_hf.affine import dequantize_weight
-from awq_hf.exporters.checkpoint import Checkpoint, _Files, open_checkpoint
+from awq_hf.exporters.checkpoint import Checkpoint
+from awq_hf.exporters.opening import _Files, open_checkpoint
 from awq_hf.headers import read_headers
 
 

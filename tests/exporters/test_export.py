@@ -25,8 +25,8 @@ from transformers import (
 import awq_hf
 from awq_hf import AwqLinear, QuantizedWeight
 from awq_hf.affine import dequantize_weight
-from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.dense import with_dtype
+from awq_hf.exporters.opening import open_checkpoint
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

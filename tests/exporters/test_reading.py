@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import awq_hf
-from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.opening import open_checkpoint
 from awq_hf.exporters.reading import NotReadHere, load_export, open_export
 from awq_hf.spec import QuantizedWeight
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from awq_hf import AwqLinear, QuantizedWeight
 from awq_hf.affine import dequantize_weight
-from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.opening import open_checkpoint
 
 SIZES = dict(vocab_size=64, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1)
 IDS = torch.arange(20)[None]

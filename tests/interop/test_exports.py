@@ -22,7 +22,7 @@ from transformers.quantizers import HfQuantizer
 
 import awq_hf
 from awq_hf.affine import dequantize_weight
-from awq_hf.exporters.checkpoint import open_checkpoint
+from awq_hf.exporters.opening import open_checkpoint
 from awq_hf.spec import QuantizedWeight
 
 SIZES = dict(vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
-from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf import export
+from awq_hf.exporters.opening import open_checkpoint
 
 SIZES = dict(
     hidden_size=64,

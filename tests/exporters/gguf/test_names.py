@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import awq_hf
-from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf.names import file_name, model_name
+from awq_hf.exporters.opening import open_checkpoint
 
 
 @pytest.fixture

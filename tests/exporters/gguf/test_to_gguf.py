@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from awq_hf.affine import dequantize_weight
-from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from awq_hf.exporters.gguf.writer import export
+from awq_hf.exporters.opening import open_checkpoint
 from awq_hf.kernels.foreign import pack_gemv, pack_gemv_fast, pad_groups, scale_zeros
 from awq_hf.spec import QuantizedWeight
 from awq_hf.to_gguf import to_gguf

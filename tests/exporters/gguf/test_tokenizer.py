@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from awq_hf.exporters.checkpoint import Checkpoint, open_checkpoint
+from awq_hf.exporters.checkpoint import Checkpoint
 from awq_hf.exporters.gguf import export
 from awq_hf.exporters.gguf.pretokenizers import NAMES, WITHOUT_MARKS, find_pre_tokenizer
+from awq_hf.exporters.opening import open_checkpoint
 
 ROWS = 600
 NAMED = {name: (steps, skips) for steps, names in NAMES.items() for skips, name in names.items()}

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from awq_hf import AwqLinear, QuantSpec
 from awq_hf.affine import choose_grid, dequantize_weight, quantize, to_quantized_weight
-from awq_hf.exporters.checkpoint import open_checkpoint
 from awq_hf.exporters.gguf import encode, export, writer
+from awq_hf.exporters.opening import open_checkpoint
 
 CARD = """---
 license: apache-2.0
