@@ -4,7 +4,8 @@ experts that are fused. What is not its documented interface, like everything in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,18 @@ class _Split(SplitModulelist):
         given = next(iter(input_dict.values()))
         shape = (given[0] if isinstance(given, list) else given).shape[1:]
         return {name: part.reshape(shape) for name, part in super().convert(input_dict, *args, **kwargs).items()}
+
+
+@contextmanager
+def conversions_kept(model: Any) -> Iterator[None]:
+    """Saving reverts what loaded the checkpoint: not what a part of it was loaded with since, and also when the model is no longer called
+    quantized, at which transformers forgets it from 5.24 on."""
+    noted = {name: value for name, value in vars(model).items() if name == "_weight_conversions"}
+    try:
+        yield
+    finally:
+        vars(model).pop("_weight_conversions", None)
+        vars(model).update(noted)
 
 
 def save_packed_experts(model: Any) -> None:

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from awq_hf import compat
 from awq_hf.blocks import find_blocks
-from awq_hf.renaming import resolver
+from awq_hf.renaming import conversions_kept, resolver
 
 Placement = dict[str, Any]  # a device_map
 
@@ -42,39 +42,51 @@ class InMemory:
         """Undo the last `load` of a block whose modules are still the same: changes are lost."""
 
 
-class InFiles(InMemory):
-    """Of a model whose blocks are in safetensors files, until each is loaded."""
+class Later(InMemory):
+    """Of a model whose blocks' tensors are on the meta device, until each block is loaded."""
 
-    def __init__(self, model: Any, files: Iterable[str], placement: Placement) -> None:
-        """To be made in from_pretrained, before weights are loaded. placement: the device_map that it loads by, of one device, which the
-        blocks are taken out of for that time."""
-        self.model, self.device = model, dict(placement)
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.prefix, self.blocks = find_blocks(model)
         self.later = self.prefix
-        self.files = list(files)
-        self.conversions: Sequence[Any] = []  # of names and tensors, that the loader applies
-        self._keys: list[dict[str, str]] | None = None
         self._empty: dict[int, list[tuple[str, str, Tensor]]] = {}  # by names: modules would keep what is put into them later
-        placement[f"{self.prefix}."] = "meta"
-        _when_read(model, lambda: placement.pop(f"{self.prefix}."))
 
     def load(self, index: int) -> None:
         self._empty[index] = list(_on_meta(self.blocks[index]))
-        if not self._empty[index]:
-            return
-        used = self.model._weight_conversions  # by the whole checkpoint; saving reverts them
-        with ExitStack() as opened, _quietly():
-            files = {path: opened.enter_context(safe_open(path, framework="pt", backend="pread")) for path in set(self._of(index).values())}
-            state = {name: files[path].get_slice(name) for name, path in self._of(index).items()}
-            config = LoadStateDictConfig(device_map=self.device, weight_mapping=list(self.conversions))
-            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
-        self.model._weight_conversions = used
-        if missing := [f"{self.prefix}.{index}.{name}" for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]:
-            raise RuntimeError(f"{missing[0]} could not be loaded from its file: {info.conversion_errors or info.mismatched_keys}")
+        if self._empty[index]:
+            self.fill(index)
 
     def unload(self, index: int) -> None:
         for module, name, tensor in self._empty.pop(index):
             setattr(self.blocks[index].get_submodule(module), name, tensor)
+
+    def fill(self, index: int) -> None:
+        """Put what is on the meta device into memory."""
+        raise NotImplementedError
+
+
+class InFiles(Later):
+    """Of a model whose blocks are in safetensors files."""
+
+    def __init__(self, model: Any, files: Iterable[str], placement: Placement) -> None:
+        """To be made in from_pretrained, before weights are loaded. placement: the device_map that it loads by, of one device, which the
+        blocks are taken out of for that time."""
+        super().__init__(model)
+        self.device = dict(placement)
+        self.files = list(files)
+        self.conversions: Sequence[Any] = []  # of names and tensors, that the loader applies
+        self._keys: list[dict[str, str]] | None = None
+        placement[f"{self.prefix}."] = "meta"
+        _when_read(model, lambda: placement.pop(f"{self.prefix}."))
+
+    def fill(self, index: int) -> None:
+        with ExitStack() as opened, _quietly(), conversions_kept(self.model):
+            files = {path: opened.enter_context(safe_open(path, framework="pt", backend="pread")) for path in set(self._of(index).values())}
+            state = {name: files[path].get_slice(name) for name, path in self._of(index).items()}
+            config = LoadStateDictConfig(device_map=self.device, weight_mapping=list(self.conversions))
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+        if missing := [f"{self.prefix}.{index}.{name}" for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]:
+            raise RuntimeError(f"{missing[0]} could not be loaded from its file: {info.conversion_errors or info.mismatched_keys}")
 
     def _of(self, index: int) -> dict[str, str]:
         """The tensors of a block, by their names in the checkpoint -> the file that each is in."""
@@ -157,7 +169,8 @@ class LeavesBlocks(HfQuantizer):
             self.source = InFiles(model, files, self.placement)
 
     def remove_quantization_config(self, model: Any) -> None:
-        super().remove_quantization_config(model)
+        with conversions_kept(model):
+            super().remove_quantization_config(model)
         compat.forget_that_it_is_quantized(model)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
