@@ -61,8 +61,8 @@ def measure(
     are stored; the checkpoint; each GGUF file, as transformers reads it, in float32 (another file is left out, and a warning says why).
     Of a directory with GGUF files alone: the original and these.
     trust_remote_code: run code that comes with the original, and so with the checkpoint.
-    In memory are hidden states of the original, a block of it or of its plain rounding (where files are safetensors, and all goes to one
-    device), and one other model at a time. Raises ValueError as `evaluate` does, before a model is loaded.
+    In memory are hidden states of the original, a block of it, of its plain rounding or of a GGUF file (where the original's files are
+    safetensors, and all goes to one device), or the checkpoint. Raises ValueError as `evaluate` does, before a model is loaded.
     """
     folder, where = Path(directory), dict(location or {})
     if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
@@ -81,6 +81,15 @@ def measure(
     def load(change: Any = None) -> BlockByBlock:
         return BlockByBlock(*load_float(kind, original, **where, **options), change)
 
+    def load_gguf(file: Path) -> Any:
+        in_float32 = {**options, "dtype": torch.float32}
+        if reference.source.later is None:
+            return loaded_whole(kind, file.parent, gguf_file=file.name, config=copy.deepcopy(float_model.config), **in_float32)
+        from awq_hf.gguf_blocks import InGguf  # not above: most programs never need the gguf package
+
+        model, _ = load_float(kind, original, **where, **in_float32)
+        return BlockByBlock(model, InGguf(model, file))
+
     def row(name: str, source: Any) -> dict[str, Any]:
         return evaluate_many({name: source}, reference, texts, tokenizer, width, max_tokens, batch_size, progress)[name].to_dict()
 
@@ -98,7 +107,7 @@ def measure(
         rows.append({"name": PLAIN, "files": [], **about_both, "weights_bytes": None, **plain})
         rows.append({"name": OURS, "files": files, **about_both, "weights_bytes": weights_bytes(folder), **ours})
     for file in sorted(folder.glob("*.gguf")):
-        figures = _of_gguf(functools.partial(row, file.name), file, kind, float_model, device_map)
+        figures = _of_gguf(lambda file: row(file.name, lambda: load_gguf(file)), file, float_model)
         if figures is not None:
             rows.append({"name": file.name, "files": [file.name], **about, **figures})
     if len(rows) == 1:
@@ -184,13 +193,10 @@ def weights_bytes(model: str | os.PathLike[str], location: Mapping[str, Any] | N
     return sum(file.stat().st_size for file in files) or None
 
 
-def _of_gguf(
-    measured: Callable[[Callable[[], Any]], dict[str, Any]], file: Path, kind: Any, original: Any, device_map: Any
-) -> dict[str, Any] | None:
+def _of_gguf(measured: Callable[[Path], dict[str, Any]], file: Path, original: Any) -> dict[str, Any] | None:
     """The figures of a file, or None and a warning where transformers does not read it as this model."""
-    options = dict(gguf_file=file.name, dtype=torch.float32, device_map=device_map)
     try:
-        figures = measured(lambda: loaded_whole(kind, file.parent, config=copy.deepcopy(original.config), **options))
+        figures = measured(file)
     except Exception as error:  # of a reader that is not ours: all kinds of them
         gc.collect()
         logger.warning(

@@ -111,23 +111,24 @@ def search_for_gguf(directory: str, windows: int, **wanted: Any) -> None:
     from awq_hf.to_gguf import to_gguf
 
     config = AwqConfig(**options_of(windows), scale=False, correction=False, rounding="nearest")
-    to_gguf(directory, f"{directory}/model.gguf", config=config, progress=False, overwrite=True, **wanted)
+    to_gguf(directory, f"{directory}/{GGUF}", config=config, progress=False, overwrite=True, **wanted)
 
 
-def compare(directory: str, _windows: int) -> None:
+def compare(place: str, directory: str, _windows: int) -> None:
     from awq_hf.measure import measure
 
-    measure(f"{directory}/{OUT}", directory, max_tokens=4 * SEQ_LEN, batch_size=1)
+    measure(f"{directory}/{place}", directory, max_tokens=4 * SEQ_LEN, batch_size=1)
 
 
-OUT = "awq"
+OUT, GGUF = "awq", "gguf"
 STEPS: dict[str, Callable[[str, int], Any]] = {
     "the search": quantize,
     "plain rounding, loaded whole before": round_loaded,
     "plain rounding, from files": round_plainly,
     "for GGUF (Q4_0), from files": partial(search_for_gguf, type="Q4_0"),
     "for GGUF, types chosen for 4.5 bits a weight, from files": partial(search_for_gguf, target_bpw=4.5),
-    "measuring, a window at a time": compare,
+    "measuring a checkpoint, a window at a time": partial(compare, OUT),
+    "measuring a GGUF file, a window at a time": partial(compare, GGUF),
 }
 
 

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3Config, Gemma3ForCondi
 
 from awq_hf.exporters.gguf import export
 from awq_hf.exporters.opening import open_checkpoint
+from awq_hf.gguf_blocks import InGguf
+from awq_hf.streaming import load_float
 
 SIZES = dict(
     hidden_size=64,
@@ -136,6 +138,27 @@ def test_transformers_reads_the_same_bits(name: str, exported: Any) -> None:
     for key, tensor in found.state_dict().items():
         shifted = name.startswith("gemma") and "norm" in key  # stored with 1 added
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=2.0**-22 if shifted else 0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("mistral", "mixtral")])
+def test_a_block_at_a_time_it_reads_the_same_bits_as_whole(name: str, exported: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, _, file = exported(name)
+    whole = type(model).from_pretrained(file.parent, gguf_file=file.name, config=model.config, dtype=torch.float32).state_dict()
+    zeroed = file.parent / "zeroed"
+    for parameter in (other := copy.deepcopy(model)).parameters():
+        parameter.data.zero_()
+    other.save_pretrained(zeroed)
+    found, _ = load_float(type(model), zeroed, dtype=torch.float32)
+    source = InGguf(found, file)
+    for index in range(len(source.blocks)):
+        source.load(index)
+        inside = [key for key in whole if key.startswith(f"{source.prefix}.{index}.")]
+        assert inside and all(torch.equal(found.state_dict()[key], whole[key]) for key in inside)
+        source.unload(index)
+        assert all(tensor.is_meta for tensor in source.blocks[index].state_dict().values())
+    outside = [key for key in whole if not key.startswith(f"{source.prefix}.")]
+    assert outside and all(torch.equal(found.state_dict()[key], whole[key]) for key in outside)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
