@@ -39,7 +39,7 @@ def dequantize_kernel(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     block = first_block + tl.program_id(1)
     row_ok = rows[:, None] < n
-    SUB: tl.constexpr = GROUP if 0 < GROUP < 128 else 128  # columns of a block that share a scale
+    SUB: tl.constexpr = GROUP if GROUP > 0 and GROUP < 128 else 128  # columns of a block that share a scale
     at = rows[:, None] * row_words + (block * (4 * BITS) + tl.arange(0, 4 * BITS))[None, :]
     word = tl.load(words + at, mask=row_ok, other=0).reshape(BN, BITS // 4, 1, 16)
     pair = word >> (tl.arange(0, 16 // BITS) * BITS)[None, None, :, None]  # [BN, units, 16 / BITS, 16]

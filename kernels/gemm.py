@@ -71,7 +71,7 @@ def tile(
 ):
     """W X^T over some units of columns: float32 [BN, BM]."""
     COLUMNS: tl.constexpr = 512 // BITS  # of a unit
-    SUB: tl.constexpr = GROUP if 0 < GROUP < COLUMNS else COLUMNS  # columns of a unit that share a scale
+    SUB: tl.constexpr = GROUP if GROUP > 0 and GROUP < COLUMNS else COLUMNS  # columns of a unit that share a scale
     MASK: tl.constexpr = 2**BITS - 1
     TWO: tl.constexpr = 65537  # puts a number of 16 bits in both halves of a word
     shifts = tl.arange(0, SUB // 32) * BITS

@@ -44,7 +44,7 @@ def gemv_kernel(
     row_ok = rows < n
     lanes = tl.arange(0, 4)
     COLUMNS: tl.constexpr = 512 // BITS  # of a unit
-    SUB: tl.constexpr = GROUP if 0 < GROUP < COLUMNS else COLUMNS  # columns of a unit that share a scale
+    SUB: tl.constexpr = GROUP if GROUP > 0 and GROUP < COLUMNS else COLUMNS  # columns of a unit that share a scale
     pairs = x.to(tl.pointer_type(tl.int32), bitcast=True)  # of neighbours
     acc = tl.zeros([BN, QUADS], tl.float32)
     for start in range(0, row_words // 4, QUADS):

@@ -9,7 +9,9 @@ import torch
 
 from .installed import INTERPRETED, MISSING, TRITON
 
-__all__ = ["INTERPRETED", "MISSING", "jit", "launch", "operand_dtype", "tl", "triton"]
+__all__ = ["INTERPRETED", "MISSING", "jit", "launch", "operand_dtype", "tl", "triton", "unusable"]
+
+OLDEST = 3, 5  # before, tl.dot takes no fewer than 16 tokens
 
 if TRITON:
     import triton
@@ -28,6 +30,15 @@ class _Missing:
 def jit(*, varying: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
     """Decorates a kernel. varying: integers that differ from call to call; no variant is compiled for those that are multiples of 16."""
     return lambda function: _Missing() if triton is None else triton.jit(function, do_not_specialize=varying)
+
+
+def unusable() -> str | None:
+    """Why the Triton that is here, if any, cannot compile the kernels, or None."""
+    if triton is None:
+        return MISSING
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"the kernel needs triton {OLDEST[0]}.{OLDEST[1]} or newer, not {triton.__version__}: update torch, to 2.9 or newer"
+    return None
 
 
 def launch(kernel: Callable[..., Any], /, *arguments: Any, **constants: Any) -> None:

@@ -23,8 +23,8 @@ MAX_TOKENS = 1 << 21  # a launch has 65,535 tiles of tokens at most (CUDA C prog
 def unsupported(problem: Problem) -> str | None:
     """Why no Triton kernel can do `problem`, or None."""
     p = problem
-    if jit.triton is None:
-        return jit.MISSING
+    if reason := jit.unusable():
+        return reason
     if p.device != "cuda" and not jit.INTERPRETED:
         return f"the kernel runs on a GPU, not on {p.device}"
     if torch.version.hip is not None:

@@ -32,7 +32,7 @@ def test_kernels(interpret: str, files: list[str], tmp_path: Path) -> None:
 
 
 WITHOUT_TRITON = """
-import sys
+import sys, types
 sys.modules["triton"] = None  # importing it raises ImportError
 import torch
 from awq_hf.kernels import gemm, gemv, jit, tuning
@@ -44,7 +44,9 @@ for kernel in (gemv.gemv, gemm.gemm):
         kernel(torch.ones(1, 128).half(), *weight)
     except ImportError as error:
         print(error)
-jit.triton = object()  # the other reasons are given by the problem alone
+jit.triton = types.SimpleNamespace(__version__="3.4.0")
+print(gemm.supports(problem()))
+jit.triton.__version__ = "3.5.0+git1234"  # the other reasons are given by the problem alone
 print(gemm.supports(problem()), gemv.supports(problem(bits=8)), gemv.supports(problem(m=2)), sep="\\n")
 """
 MISSING = "triton is not installed, and this kernel is written in it: pip install triton"
@@ -67,8 +69,9 @@ def test_modules_import_without_triton_and_kernels_say_what_they_do_not_take() -
     )
     run = python("-c", WITHOUT_TRITON + printed)
     said = run.stdout.splitlines()
-    missing, accepted, lines = said[:4], said[4:7], said[7:]
+    missing, old, accepted, lines = said[:4], said[4], said[5:8], said[8:]
     assert missing == [MISSING] * 4, run.stderr
+    assert old == "the kernel needs triton 3.5 or newer, not 3.4.0: update torch, to 2.9 or newer", run.stderr
     assert accepted == ["None", "None", "the kernel multiplies 1 token, not 2"], run.stderr
     assert len(lines) == len(REFUSED)
     for line, (changes, reason) in zip(lines, REFUSED, strict=True):

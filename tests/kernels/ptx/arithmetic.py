@@ -16,7 +16,7 @@ Array = NDArray[Any]
 TYPES: dict[str, Any] = {
     "pred": np.bool_,
     **{f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "bu" for bits in (8, 16, 32, 64)},
-    **{f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (16, 32, 64)},
+    **{f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
     **dict(f16=np.float16, bf16=np.uint16, f16x2=np.uint32, bf16x2=np.uint32, f32=np.float32),
 }
 
@@ -114,6 +114,7 @@ for _kind in "su":
     _define(f"mul.wide.{_narrow}", _wide, f"{_narrow} {_narrow}", lambda a, b: a.astype(f"{a.dtype.kind}8") * b)
     _define(f"mad.wide.{_narrow}", _wide, f"{_narrow} {_narrow} {_wide}", lambda a, b, c: a.astype(f"{a.dtype.kind}8") * b + c)
     _define(f"bfe.{_narrow}", "u32", f"{_narrow} u32 u32", _field)
+_define("not.pred", "pred", "pred", np.logical_not)
 _define("mad.lo.s32", "u32", "u32 u32 u32", lambda a, b, c: a * b + c)
 _define("rem.s32", "s32", "s32 s32", _remainder)
 _define("prmt.b32", "b32", "b32 b32 b32", _permute)
@@ -131,7 +132,7 @@ _define("fma.rn.bf16x2", "bf16x2", "bf16x2 bf16x2 bf16x2", floats.fma_bf16x2)
 
 # Conversions. Of two floats, the first comes to the upper half.
 
-for _to, _from in (("s64", "s32"), ("u32", "u16"), ("u64", "u32"), ("u16", "u32"), ("u32", "u64")):
+for _to, _from in (("s16", "s8"), ("s64", "s32"), ("u32", "u16"), ("u64", "u32"), ("u16", "u32"), ("u32", "u64")):
     _define(f"cvt.{_to}.{_from}", _to, _from, lambda a, dtype=TYPES[_to]: a.astype(dtype))
 for _from in ("u16", "s32", "u32"):
     _define(f"cvt.rn.f32.{_from}", "f32", _from, lambda a: a.astype(np.float32))

@@ -243,22 +243,24 @@ def leave(decoder: Decoder, operands: list[Operand], mask: Values | None) -> Ste
 
 
 _VECTOR, _BITS = r"(?:\.v(?P<count>[24]))?", r"\.(?P<kind>b8|b16|b32|b64)"
+_CTA = r"(?:::cta)?"  # which shared memory is without it as well
 HANDLERS: dict[str, Callable[..., Step]] = {
     r"mov\.(?P<kind>pred|[bu](16|32|64))": move,
     r"ld\.param\.(?P<kind>b32|b64)": load_parameter,
     rf"ld\.(?P<space>global){_VECTOR}{_BITS}": load,
     rf"ld\.(?P<space>global)\.L1::evict_first(?P<policy>\.L2::cache_hint){_VECTOR}{_BITS}": load,
-    rf"ld\.(?P<space>shared){_VECTOR}{_BITS}": load,
-    rf"st\.(?P<space>global|shared){_VECTOR}{_BITS}": store,
-    r"cp\.async\.(?P<level>ca|cg)\.shared\.global": copy_async,
+    rf"ld\.(?P<space>shared){_CTA}{_VECTOR}{_BITS}": load,
+    rf"st\.(?P<space>global){_VECTOR}{_BITS}": store,
+    rf"st\.(?P<space>shared){_CTA}{_VECTOR}{_BITS}": store,
+    rf"cp\.async\.(?P<level>ca|cg)\.shared{_CTA}\.global": copy_async,
     r"cp\.async\.commit_group": commit_group,
     r"cp\.async\.wait_group": wait_group,
     r"bar\.sync": barrier,
     r"bar\.warp\.sync": warp_barrier,
     r"shfl\.sync\.(?P<mode>bfly|idx)\.b32": shuffle,
     r"redux\.sync\.add\.s32": warp_sum,
-    r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<transposed>\.trans)?\.shared\.b16": load_matrix,
-    r"stmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<transposed>\.trans)?\.shared\.b16": store_matrix,
+    rf"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<transposed>\.trans)?\.shared{_CTA}\.b16": load_matrix,
+    rf"stmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<transposed>\.trans)?\.shared{_CTA}\.b16": store_matrix,
     r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16|bf16)\.(?P=kind)\.f32": multiply,
     r"createpolicy\.fractional\.L2::evict_first\.b64": policy,
     r"bra(\.uni)?": branch,

@@ -115,6 +115,7 @@ def parse(text: str) -> Function:
     """The kernel of a module with one."""
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"^\s*\.loc\b[^\n]*", "", text, flags=re.MULTILINE)
+    text = re.sub(r'^\s*\.pragma "used_bytes_mask \w+";', "", text, flags=re.MULTILINE)  # says which bytes of a load are looked at
     (header,) = HEADER.finditer(text)
     if (threads := re.search(r"\.reqntid (\d+)\s", header[3])) is None:
         raise UnknownPtx(f"the kernel's number of threads, in {header[3]}")
