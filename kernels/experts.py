@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import gemm, tuning
 from .gemm import tile
-from .jit import jit, launch, tl
+from .jit import jit, launch, tl, unfenced
 from .kernel_layout import kernel_group
 from .problem import Problem
 from .tuning import GemmConfig
@@ -64,7 +64,7 @@ def experts_kernel(
 
 def supports(problem: Problem) -> str | None:
     """Why this kernel cannot do `problem`, that of all tokens and one expert, or None."""
-    return tuning.unsupported(problem)
+    return tuning.unsupported(problem) or unfenced()
 
 
 def constants(experts: int, bits: int, group: int, has_bias: bool, dtype: torch.dtype, config: GemmConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .jit import INTERPRETED, jit, launch, operand_dtype, tl
+from .jit import INTERPRETED, jit, launch, operand_dtype, tl, unfenced
 from .kernel_layout import UNIT_WORDS, kernel_group
 from .problem import Problem
 from .reduce import reduce
@@ -137,7 +137,7 @@ def gemm_kernel(
 
 def supports(problem: Problem) -> str | None:
     """Why this kernel cannot do `problem`, or None."""
-    return tuning.unsupported(problem)
+    return tuning.unsupported(problem) or unfenced()
 
 
 def carrier(bits: int, dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_hf.kernels import dispatch
+from awq_hf.kernels import dispatch, experts, jit
 from awq_hf.kernels.dispatch import CANONICAL, LAYOUTS, Kernel, Layout, choose, choose_layout
 from awq_hf.kernels.problem import Problem
 
@@ -88,3 +88,26 @@ def test_a_name_that_no_kernel_has_is_refused(table: Layout, monkeypatch: pytest
 
 def test_a_device_without_kernels_is_named() -> None:
     assert choose_layout(Problem(1, 64, 128, 2, torch.float16, "mps")) == (CANONICAL, "there are no kernels for mps")
+
+
+@pytest.mark.skipif(jit.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("version", "capability", "slower"),
+    [("3.6.0", (9, 0), True), ("3.7.0+git1", (10, 0), True), ("3.6.0", (8, 9), False), ("3.7.1", (9, 0), False), ("3.10.0", (9, 0), False)],
+)
+def test_tensor_cores_are_left_alone_where_the_compiler_leaves_out_a_fence(
+    version: str, capability: tuple[int, int], slower: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jit.triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for cached in (found := (jit.unfenced, choose)):
+        cached.cache_clear()
+    try:
+        chosen = dispatch.by_tokens(HALF, dispatch.TRITON)
+        assert chosen[1] == "triton-gemv"
+        assert chosen[2] == ("triton-dequantize" if slower else "triton-gemm")
+        assert (experts.supports(HALF) is None) is not slower
+        assert caplog.text.count(f"triton {version} leaves out a fence that this GPU needs: update torch, to 2.13 or newer") == slower
+    finally:
+        for cached in found:
+            cached.cache_clear()

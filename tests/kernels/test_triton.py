@@ -46,7 +46,7 @@ for kernel in (gemv.gemv, gemm.gemm):
         print(error)
 jit.triton = types.SimpleNamespace(__version__="3.4.0")
 print(gemm.supports(problem()))
-jit.triton.__version__ = "3.5.0+git1234"  # the other reasons are given by the problem alone
+jit.triton.__version__ = "3.9.0+git1234"  # the other reasons are given by the problem alone
 print(gemm.supports(problem()), gemv.supports(problem(bits=8)), gemv.supports(problem(m=2)), sep="\\n")
 """
 MISSING = "triton is not installed, and this kernel is written in it: pip install triton"
