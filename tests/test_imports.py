@@ -57,6 +57,7 @@ ALLOWED = {
     "block resume streaming untouched",
     "untouched": "matrices",
     "streaming": "blocks renaming compat",
+    "gguf_blocks": "compat streaming",
     "resume": "affine block calibration linear parallel products report",
     "encoding": "unfinished spec experts expert_block matrices blocks calibration exporters pipeline preflight block recipe transforms "
     "encoded_layer encoded_experts encoded_ends streaming",
@@ -87,7 +88,8 @@ ALLOWED = {
     "inspection": "classes spec parallel compat kernels.dispatch experts matrices blocks headers checkpoint calibration folding recipe "
     "rounding preflight report pipeline linear config model_cards serving streaming products exporters.reading",
     "targets": "classes compat renaming config exporters matrices preflight spec",
-    "measure": "classes base_model evaluation_table spec affine calibration linear compat evaluate machine output block_by_block streaming",
+    "measure": "classes base_model evaluation_table spec affine calibration linear compat evaluate machine output block_by_block "
+    "gguf_blocks streaming",
     "demo": "measure api config evaluate evaluation_table output report to_gguf",
     "cli": "classes api push base_model block_by_block compat config demo evaluate evaluation_table exporters inspection linear matrices "
     "measure model_cards output preflight recipe_file rounding streaming targets to_gguf",
@@ -96,6 +98,7 @@ ALLOWED = {
 TRANSFORMERS = {
     "renaming",
     "streaming",
+    "gguf_blocks",
     "config",
     "hf_quantizer",
     "compat",
