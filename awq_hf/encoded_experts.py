@@ -6,6 +6,7 @@ All experts of a layer share one tensor of the file, and so a type, for each of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class EncodedExperts(ExpertsWork):
             shape=(hidden, inner // 2) if down else (inner // 2, hidden),
             **smoothed,
             clip=1.0,
-            correction=sum(each.correction for each in judged) / len(judged),
+            correction=fmean(each.correction for each in judged),
             rounding=" and ".join(dict.fromkeys(how for each in judged for how in each.rounding)),
             loss_plain=weighted(lambda each: each.plain) / energy,
             loss=weighted(lambda each: each.loss) / energy,

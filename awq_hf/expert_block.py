@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ class ExpertsWork:
         """`Smoothing.described` of what goes into down, whose scales are each expert's own."""
         if not self.folds_into_up:
             return {"fold": None, "alpha": 0.0, "family": "not folded"}
-        return {"fold": f"{self.inside}.{FUSED[0]}", "alpha": sum(alphas) / len(alphas), "family": "by expert"}
+        return {"fold": f"{self.inside}.{FUSED[0]}", "alpha": fmean(alphas), "family": "by expert"}
 
     def _round(self, parameter: str, expert: int, into: Tensor, matrices: list[Matrix], train: Moments, held: Moments) -> list[Any]:
         """Quantize matrices of an expert that share an input, into its place in `into`; what `_lines` is to know of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from awq_hf.evaluation_table import PLAIN
@@ -54,7 +55,7 @@ def losses(layers: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
         block = next((int(part) for part in parents if part.isdigit()), None)
         if block is not None and layer["loss_plain"] > 0:
             found.setdefault(kind, {}).setdefault(block, []).append(layer["loss"] / layer["loss_plain"])
-    return {kind: {block: sum(values) / len(values) for block, values in sorted(some.items())} for kind, some in found.items()}
+    return {kind: {block: fmean(values) for block, values in sorted(some.items())} for kind, some in found.items()}
 
 
 def sizes(facts: Facts) -> list[tuple[str, int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 
@@ -44,7 +45,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
 def loss_ratio(layers: list[dict[str, Any]]) -> float:
     """Mean over layers of loss / plain rounding's loss; 1 when no layer has one."""
     ratios = [layer["loss"] / layer["loss_plain"] for layer in layers if layer["loss_plain"] > 0]
-    return sum(ratios) / len(ratios) if ratios else 1.0
+    return fmean(ratios) if ratios else 1.0
 
 
 def _shortened(names: list[str], most: int = 8) -> str:
