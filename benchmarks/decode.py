@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from awq_hf import AwqConfig, AwqLinear
+from awq_hf.kernels import native
 from awq_hf.matrices import is_matrix
 from awq_hf.spec import QuantizedWeight, QuantSpec
 from benchmarks import gpu
@@ -129,8 +130,11 @@ def main() -> None:
         row["memory, of the float model's"] = row["peak MB"] / memory
         if options.device == "cpu":
             del row["tokens/s"]  # an absolute time of a processor that other work shares says nothing
-    device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    device = f"cpu {instructions}" if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     how, suffix = (", CUDA graphs", "_graphs") if options.graphs else ("", "")
+    if options.device == "cpu" and native.missing() is None:
+        how, suffix = ", C++ kernel", "_native"
     publish(
         f"decode_{device.replace(' ', '-')}_{options.shape}{suffix}", f"decoding with a random {options.shape} Llama on {device}{how}", rows
     )

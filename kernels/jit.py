@@ -58,7 +58,7 @@ def unfenced() -> str | None:
     Tensor cores of sm_90 and newer read shared memory by another proxy than cp.async writes it, and the PTX ISA (async proxy) asks for a
     fence between them, which the compiler puts there from 3.7.1 on (triton-lang/triton#9610, pytorch/pytorch#181248).
     """
-    if INTERPRETED or _version() >= FENCED or torch.cuda.get_device_capability() < (9, 0):
+    if INTERPRETED or _version() >= FENCED or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         return None
     reason = f"triton {triton.__version__} leaves out a fence that this GPU needs: update torch, to 2.13 or newer"
     logger.warning("%s. Until then several tokens are multiplied with the dequantized weight, which is slower", reason)

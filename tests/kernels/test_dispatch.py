@@ -99,6 +99,7 @@ def test_tensor_cores_are_left_alone_where_the_compiler_leaves_out_a_fence(
     version: str, capability: tuple[int, int], slower: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jit.triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for cached in (found := (jit.unfenced, choose)):
         cached.cache_clear()
