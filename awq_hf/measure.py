@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -71,43 +72,33 @@ def measure(
     check_writable(folder)
     config = read_config(original, trust_remote_code, **where)
     tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=trust_remote_code, **where)
-    kind, options = class_for(config, trust_remote_code), dict(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    options = dict(dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    floats = _Original(kind := class_for(config, trust_remote_code), original, where, options)
     if not getattr(kind, "can_generate", lambda: True)():
         raise ValueError(f"{original} is a {kind.__name__}, which does not predict the next token: it cannot be measured so")
     width = seq_len or min(SEQ_LEN, positions_of(config) or SEQ_LEN)
 
     load_windows(texts, tokenizer, width, role="evaluation")  # what is wrong with it is said before a model is loaded
 
-    def load(change: Any = None) -> BlockByBlock:
-        return BlockByBlock(*load_float(kind, original, **where, **options), change)
-
-    def load_gguf(file: Path) -> Any:
-        in_float32 = {**options, "dtype": torch.float32}
-        if reference.source.later is None:
-            return loaded_whole(kind, file.parent, gguf_file=file.name, config=copy.deepcopy(float_model.config), **in_float32)
-        from awq_hf.gguf_blocks import InGguf  # not above: most programs never need the gguf package
-
-        model, _ = load_float(kind, original, **where, **in_float32)
-        return BlockByBlock(model, InGguf(model, file))
-
     def row(name: str, source: Any) -> dict[str, Any]:
         return evaluate_many({name: source}, reference, texts, tokenizer, width, max_tokens, batch_size, progress)[name].to_dict()
 
     found = _Found()
-    reference = load()
+    reference = floats.load()
     float_model = reference.model
     about = dict(runtime="transformers")
     size, bits = weights_bytes(original, where), bits_per_weight(float_model)
     rows = [{"name": ORIGINAL, "files": [], **about, "weights_bytes": size, "bits_per_weight": bits, **row(ORIGINAL, reference)}]
     if (folder / "config.json").is_file():
         ours = row(OURS, lambda: found.keep(kind.from_pretrained(folder, **options)))
-        plain = row(PLAIN, lambda: load(functools.partial(round_plainly, found.specs)))
+        plain = row(PLAIN, lambda: floats.load(functools.partial(round_plainly, found.specs)))
         files = [".", *(name for name in SAME_CODES if (folder / name / "config.json").is_file())]
         about_both = dict(**about, bits_per_weight=found.bits)
         rows.append({"name": PLAIN, "files": [], **about_both, "weights_bytes": None, **plain})
         rows.append({"name": OURS, "files": files, **about_both, "weights_bytes": weights_bytes(folder), **ours})
     for file in sorted(folder.glob("*.gguf")):
-        figures = _of_gguf(lambda file: row(file.name, lambda: load_gguf(file)), file, float_model)
+        source = functools.partial(floats.load_gguf, file, reference)
+        figures = _of_gguf(functools.partial(row, file.name, source), file, float_model)
         if figures is not None:
             rows.append({"name": file.name, "files": [file.name], **about, **figures})
     if len(rows) == 1:
@@ -127,6 +118,29 @@ def _content(original: str | os.PathLike[str], model: Any, size: int | None, row
         "machine": machine(model.get_input_embeddings().weight.device),
         "rows": rows,
     }
+
+
+@dataclass
+class _Original:
+    """How the float model is loaded: its class, name, place on the Hub, and options of from_pretrained."""
+
+    kind: Any
+    name: str | os.PathLike[str]
+    where: dict[str, Any]
+    options: dict[str, Any]
+
+    def load(self, change: Any = None) -> BlockByBlock:
+        return BlockByBlock(*load_float(self.kind, self.name, **self.where, **self.options), change)
+
+    def load_gguf(self, file: Path, reference: BlockByBlock) -> Any:
+        """With a file's weights, in float32; all of them at once where `reference`, the original, is in memory as well."""
+        options = {**self.options, "dtype": torch.float32}
+        if reference.source.later is None:
+            return loaded_whole(self.kind, file.parent, gguf_file=file.name, config=copy.deepcopy(reference.model.config), **options)
+        from awq_hf.gguf_blocks import InGguf  # not above: most programs never need the gguf package
+
+        model, _ = load_float(self.kind, self.name, **self.where, **options)
+        return BlockByBlock(model, InGguf(model, file))
 
 
 class _Found:
@@ -193,10 +207,10 @@ def weights_bytes(model: str | os.PathLike[str], location: Mapping[str, Any] | N
     return sum(file.stat().st_size for file in files) or None
 
 
-def _of_gguf(measured: Callable[[Path], dict[str, Any]], file: Path, original: Any) -> dict[str, Any] | None:
+def _of_gguf(measured: Callable[[], dict[str, Any]], file: Path, original: Any) -> dict[str, Any] | None:
     """The figures of a file, or None and a warning where transformers does not read it as this model."""
     try:
-        figures = measured(file)
+        figures = measured()
     except Exception as error:  # of a reader that is not ours: all kinds of them
         gc.collect()
         logger.warning(

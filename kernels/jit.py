@@ -1,4 +1,7 @@
-"""Triton where it is installed. Without it the kernels' modules import all the same, and only launching a kernel fails."""
+"""Triton where it is installed. Without it the kernels' modules import all the same, and only launching a kernel fails.
+
+Kernels keep to what every release from OLDEST on compiles: 3.8 takes no chained comparison (a < b < c).
+"""
 
 from __future__ import annotations
 

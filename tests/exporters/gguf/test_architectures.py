@@ -72,6 +72,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+READ = [name for name in MODELS if name not in ("mistral", "mixtral")]  # transformers' reader knows neither
+
+
 @pytest.fixture(scope="module")
 def build(
     random_model: Callable[..., Any], byte_level: Callable[..., Any], sentencepiece: Callable[..., Any]
@@ -130,7 +133,7 @@ def test_of_a_model_that_sees_images_the_text_model_is_exported(
     assert divergence(model, runtime(file), tokenizer(texts[0]).input_ids) < 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("mistral", "mixtral")])  # its reader knows neither
+@pytest.mark.parametrize("name", READ)
 def test_transformers_reads_the_same_bits(name: str, exported: Any) -> None:
     model, _, file = exported(name)
     found = type(model).from_pretrained(file.parent, gguf_file=file.name, config=model.config, dtype=torch.float32)
@@ -140,7 +143,7 @@ def test_transformers_reads_the_same_bits(name: str, exported: Any) -> None:
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=2.0**-22 if shifted else 0.0)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("mistral", "mixtral")])
+@pytest.mark.parametrize("name", READ)
 def test_a_block_at_a_time_it_reads_the_same_bits_as_whole(name: str, exported: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, _, file = exported(name)
     whole = type(model).from_pretrained(file.parent, gguf_file=file.name, config=model.config, dtype=torch.float32).state_dict()
