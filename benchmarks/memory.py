@@ -111,7 +111,8 @@ def search_for_gguf(directory: str, windows: int, **wanted: Any) -> None:
     from awq_hf.to_gguf import to_gguf
 
     config = AwqConfig(**options_of(windows), scale=False, correction=False, rounding="nearest")
-    to_gguf(directory, f"{directory}/{GGUF}", config=config, progress=False, overwrite=True, **wanted)
+    Path(directory, GGUF).mkdir(exist_ok=True)  # apart from the float model, as `awq-hf export gguf` has it
+    to_gguf(directory, f"{directory}/{GGUF}/model.gguf", config=config, progress=False, overwrite=True, **wanted)
 
 
 def compare(place: str, directory: str, _windows: int) -> None:
@@ -125,8 +126,8 @@ STEPS: dict[str, Callable[[str, int], Any]] = {
     "the search": quantize,
     "plain rounding, loaded whole before": round_loaded,
     "plain rounding, from files": round_plainly,
-    "for GGUF (Q4_0), from files": partial(search_for_gguf, type="Q4_0"),
     "for GGUF, types chosen for 4.5 bits a weight, from files": partial(search_for_gguf, target_bpw=4.5),
+    "for GGUF (Q4_0), from files": partial(search_for_gguf, type="Q4_0"),  # after the other one: this file is measured
     "measuring a checkpoint, a window at a time": partial(compare, OUT),
     "measuring a GGUF file, a window at a time": partial(compare, GGUF),
 }
